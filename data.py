@@ -1,4 +1,4 @@
-"""Cues, prompts and box frames: from a picture to what the policy sees and must answer.
+"""Cues: from pictures to windows that the policy must find.
 
 A cue is a window of an image. The policy gets the full image and the window's crop, and must answer with the
 window's box. Cues come from COCO boxes, from any folder of images, or from the embedded world (scenes.py).
@@ -12,34 +12,31 @@ import random
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
 
 import scenes
+from prompts import Encoded, Tools, encode, prompt_text
 from scenes import Box, Scene
 
-SOURCES = ("object", "random", "large", "text")
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class UserError(Exception):
     """Wrong use: one sentence that names the file, the value and the remedy; the programs exit with 2."""
 
 
-# ---------------------------------------------------------------- cue windows (PAPER §3, Table 9)
-
-
 @dataclass(frozen=True)
 class CueConfig:
     """Which windows are drawn; the numbers are those of the paper's Table 9."""
 
-    source: str = "object"  # object | random | large | text: Tables 5 to 7
+    source: str = "object"  # one of SOURCES
     tiny_ratio: float = 0.7  # share of tiny cues; the rest is small
     padding: tuple[float, float] = (0.0, 0.1)  # of a tiny object's sides, all around
     scale: tuple[float, float] = (0.8, 2.0)  # of a tiny object's window [A]: of the window, not of the pixels
@@ -48,246 +45,256 @@ class CueConfig:
 
 @dataclass
 class Cue:
-    """A full image and the window to be found in it.
-
-    image: RGB; box: (x1, y1, x2, y2) in its pixels, the crop window itself; size: tiny | small | large;
-    text: a description of what is in the window, or None; scene: where the image was drawn from, if it was.
-    """
-
-    image: Image.Image
-    box: Box
-    size: str
-    text: str | None = None
-    scene: Scene | None = None
+    image: Image.Image  # the full one, RGB
+    box: Box  # (x1, y1, x2, y2) in its pixels: the crop window itself
+    size: str  # tiny | small | large
+    text: str | None = None  # what is in the window, if that is known
+    scene: Scene | None = None  # where the image was drawn from, if it was
 
     @property
     def crop(self) -> Image.Image:
         """The window's pixels; the embedded world enlarges them to four image tokens."""
-        crop = self.image.crop(self.box)
-        side = scenes.CROP_SIDE
+        crop, side = self.image.crop(self.box), scenes.CROP_SIDE
         return crop if self.scene is None else crop.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def size_class(box: Box, width: int, height: int) -> str:
-    """tiny below 1 % of the image, small to 5 %, large above 10 %, and medium, which is never drawn, between."""
+    """tiny below 1 % of the image, small to 5 %, large above 10 %, and medium between."""
     share = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     return "tiny" if share < 0.01 else "small" if share <= 0.05 else "large" if share > 0.1 else "medium"
 
 
-def draw_class(rng: random.Random, cfg: CueConfig) -> str:
-    if cfg.source == "large":
-        return "large"
-    return "tiny" if rng.random() < cfg.tiny_ratio else "small"
-
-
-def sample_cue_box(rng: random.Random, object_box: Box, width: int, height: int, cfg: CueConfig) -> Box | None:
-    """A window around an object: padded and scaled if the object is tiny, at least 16 px a side, clipped.
-
-    object_box and result: (x1, y1, x2, y2) in pixels of the image of width × height; the result's edges are
-    whole pixels. None where nothing of the object is inside the image.
-    """
+def sample_cue_box(
+    rng: random.Random, object_box: Box, width: int, height: int, cfg: CueConfig
+) -> Box | None:
+    """An object's window in whole pixels, scaled if tiny, 16 px at least; None if nothing of it is inside."""
     x1, y1, x2, y2 = object_box
+    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+    if not (x1 < x2 and y1 < y2):  # also where a NaN stands
+        return None
     grow = 1.0
-    if size_class(object_box, width, height) == "tiny":
+    if size_class((x1, y1, x2, y2), width, height) == "tiny":
         grow = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
     edges = []
     for low, high, limit in ((x1, x2, width), (y1, y2, height)):
-        if not (low < high and high > 0 and low < limit):  # also where a NaN stands
-            return None
         half = max(grow * (high - low), cfg.min_side) / 2
-        low, high = max(0, round((low + high) / 2 - half)), min(limit, round((low + high) / 2 + half))
-        if high - low < cfg.min_side:  # clipping cut it short: take the rest from inside the image
-            low, high = (0, min(limit, cfg.min_side)) if low == 0 else (max(0, limit - cfg.min_side), limit)
-        edges.append((low, high))
+        start = max(0, min(round((low + high) / 2 - half), limit - cfg.min_side))
+        end = min(limit, max(round((low + high) / 2 + half), start + cfg.min_side))
+        edges.append((start, end))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
-def sample_random_box(
-    rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, hold: Box | None = None
-) -> Box | None:
+def sample_random_box(rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, hold=None):
     """A window of a size class anywhere in the image (Table 7), or around `hold`; None if it does not fit."""
     low, high = {"tiny": (0.001, 0.01), "small": (0.01, 0.05), "large": (0.1, 0.3)}[size]
-    area = rng.uniform(low, high) * width * height
-    aspect = 2 ** rng.uniform(-1, 1)
-    w, h = max(cfg.min_side, round((area * aspect) ** 0.5)), max(cfg.min_side, round((area / aspect) ** 0.5))
-    x_range, y_range = (0, width - w), (0, height - h)
-    if hold is not None:
-        x_range = (max(0, round(hold[2]) - w), min(width - w, round(hold[0])))
-        y_range = (max(0, round(hold[3]) - h), min(height - h, round(hold[1])))
+    area, aspect = rng.uniform(low, high) * width * height, 2 ** rng.uniform(-1, 1)
+    w = max(cfg.min_side, round((area * aspect) ** 0.5))
+    h = max(cfg.min_side, round((area / aspect) ** 0.5))
+    x1, y1, x2, y2 = (round(v) for v in hold or (width, height, 0, 0))  # the latter allows every place
+    x_range, y_range = (max(0, x2 - w), min(width - w, x1)), (max(0, y2 - h), min(height - h, y1))
     if x_range[0] > x_range[1] or y_range[0] > y_range[1]:
         return None
     x, y = rng.randint(*x_range), rng.randint(*y_range)
-    return x, y, x + w, y + h
+    return (x, y, x + w, y + h) if size_class((x, y, x + w, y + h), width, height) == size else None
 
 
-def cue_rng(split: str, seed: int, index: int) -> random.Random:
-    """The i-th cue depends on (split, seed, i) alone, so resuming neither replays nor skips."""
-    return random.Random(f"{split}/{seed}/{index}")
-
-
-# ---------------------------------------------------------------- where cues come from
+def in_split(name: int | str, split: str, one_in: int) -> bool:
+    """A share of the images is held out, by name: whatever the seed, no training cue ever comes from them."""
+    return (zlib.crc32(str(name).encode()) % one_in == 0) == (split != "train")
 
 
 @dataclass(frozen=True)
-class SceneCues:
-    """Endless cues from the embedded world; `split` (train | heldout) and seed name their own scenes."""
+class Cues:
+    """Endless cues; the i-th depends on (split, seed, i) alone, so resuming neither replays nor skips."""
 
     cfg: CueConfig
     split: str
     seed: int
-    things: tuple[int, int] = (12, 16)
+    draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None where the size class is missed
+    origin: str = "the scenes"
 
     def __getitem__(self, index: int) -> Cue:
-        rng = cue_rng(f"scenes-{self.split}", self.seed, index)
-        size = draw_class(rng, self.cfg)
-        exact = CueConfig(padding=self.cfg.padding, scale=(1.0, 1.0), min_side=self.cfg.min_side)
-        while True:
-            scene = scenes.draw_layout(rng, rng.randint(*self.things))
-            thing = rng.choice(scene.things)
-            if self.cfg.source in ("object", "text"):
-                box = sample_cue_box(rng, thing.box, scenes.SIDE, scenes.SIDE, exact)
-            else:
-                hold = thing.box if self.cfg.source == "large" else None
-                box = sample_random_box(rng, scenes.SIDE, scenes.SIDE, size, self.cfg, hold)
-            if box is not None and size_class(box, scenes.SIDE, scenes.SIDE) == size:
-                name = None if self.cfg.source == "random" else thing.name
-                return Cue(scenes.render(scene), box, size, name, scene)
+        rng, cfg = random.Random(f"{self.split}/{self.seed}/{index}"), self.cfg
+        size = "large" if cfg.source == "large" else "tiny" if rng.random() < cfg.tiny_ratio else "small"
+        cues = (self.draw(rng, size, cfg) for _ in range(5000))
+        if (cue := next(filter(None, cues), None)) is None:
+            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}: add images.")
+        return cue
 
 
-# ---------------------------------------------------------------- box frames
+def SceneCues(cfg: CueConfig, split: str, seed: int, things: tuple[int, int] = (12, 16)) -> Cues:
+    """Cues from the embedded world; its tiny things are near the least window, so they are not scaled."""
+
+    def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
+        scene = scenes.draw_layout(rng, rng.randint(*things))
+        thing, side = rng.choice(scene.things), scenes.SIDE
+        if cfg.source in ("object", "text"):
+            box = sample_cue_box(rng, thing.box, side, side, replace(cfg, scale=(1.0, 1.0)))
+        else:
+            box = sample_random_box(rng, side, side, size, cfg, thing.box if cfg.source == "large" else None)
+        if box is None or size_class(box, side, side) != size:
+            return None
+        name = None if cfg.source == "random" else thing.name
+        return Cue(scenes.render(scene), box, size, name, scene)
+
+    return Cues(cfg, f"scenes-{split}", seed, draw)
 
 
-@dataclass(frozen=True)
-class BoxFrame:
-    """The one place that knows coordinate conventions: between pixels of the full image and frame units.
-
-    width, height: the full image in pixels; units_x, units_y: the same edges in frame units: the resized
-    image's pixels (`resized`, Qwen2.5-VL) or 1,000 (`relative1000`, Qwen3-VL).
-    """
-
-    width: int
-    height: int
-    units_x: int
-    units_y: int
-
-    def to_units(self, box: Box) -> Box:
-        """A box in pixels of the full image, in frame units; not rounded."""
-        x, y = self.units_x / self.width, self.units_y / self.height
-        return box[0] * x, box[1] * y, box[2] * x, box[3] * y
-
-    def to_text(self, box: Box) -> str:
-        """A box in pixels of the full image, as the model should write it: `[x1, y1, x2, y2]`, whole units."""
-        return "[" + ", ".join(str(round(v)) for v in self.to_units(box)) + "]"
-
-    def to_pixels(self, numbers: Box) -> Box:
-        """A box in frame units, in pixels of the full image."""
-        x, y = self.width / self.units_x, self.height / self.units_y
-        return numbers[0] * x, numbers[1] * y, numbers[2] * x, numbers[3] * y
+def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image | None:
+    """RGB pixels: raw if of the `size` that boxes refer to, else turned as EXIF says; None if unfit."""
+    try:
+        with Image.open(path) as image:
+            image = image if image.size == size else ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
+                image = image.convert("I").point(lambda v: v / 256).convert("L")
+            return image.convert("RGBA").convert("RGB") if size in (None, image.size) else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # missing or broken: another one is drawn
 
 
-def box_frame(name: str, width: int, height: int, grid: Tensor, patch: int) -> BoxFrame:
-    """The frame `name` of an image of width × height pixels that became `grid` = (t, h, w) patches of `patch` px."""
-    if name == "relative1000":
-        return BoxFrame(width, height, 1000, 1000)
-    return BoxFrame(width, height, int(grid[2]) * patch, int(grid[1]) * patch)
+def read(flag: str, path: Path | None, what: str, parse: Callable[[str], Any]) -> Any:
+    """A user's file through `parse`, with one sentence where it is missing or something else."""
+    try:
+        return parse(path.read_text(encoding="utf-8-sig") if path else "")
+    except OSError as error:
+        raise UserError(f"--{flag} {path} cannot be read ({error.strerror}): give a {what}.") from None
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"--{flag} {path} is no {what} ({error!r}): give one.") from None
 
 
-# ---------------------------------------------------------------- prompts and model families
-
-# The paper's content in our words, and a short form that the embedded model was built with.
-PROMPTS = {
-    "paper": {
-        "cue": "The second image is a crop of the first image. Find where it was cut out and give that box in the "
-        "first image as [x1, y1, x2, y2] in {units}.",
-        "text": "Find in the image: {text}. Give its box as [x1, y1, x2, y2] in {units}.",
-        "name": "Name what the second image, a crop of the first, shows, in a few words.",
-        "think": " First reason inside <think> </think>, then give the final answer inside <answer> </answer>.",
-    },
-    "short": {
-        "cue": "Find Image 2 in Image 1.",
-        "text": "Find the {text}.",
-        "name": "What is Image 2?",
-        "think": "",
-    },
-}
-UNITS = {"resized": "pixel coordinates", "relative1000": "coordinates from 0 to 1000"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families; one row of FAMILIES, and any of it can be set by a flag."""
-
-    box_frame: str  # resized | relative1000
-    prompts: str  # key of PROMPTS
-    image_pixels: tuple[int, int]  # least and most pixels of a full image as the model sees it
-    crop_pixels: tuple[int, int]  # the same for a crop
-    lr: float
-    prompts_a_step: int
-    max_new_tokens: int
-    opening: str = ""  # what the chat template has already written of the completion ("<think>")
-    lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
+def index_coco(text: str, cfg: CueConfig, split: str, excluded: set[int], texts: dict[str, str]):
+    """Boxes to draw from (file, image size, box, text), and how many were left out for what reason."""
+    # Of an annotation only this is kept; its polygons go as soon as they are read.
+    keys = ("image_id", "category_id", "id", "iscrowd", "bbox")
+    data = json.loads(text, object_hook=lambda d: [d.get(key) for key in keys] if "bbox" in d else d)
+    photos = {photo["id"]: photo for photo in data["images"]}
+    names = {kind["id"]: kind["name"] for kind in data["categories"]}
+    alike = Counter((image_id, kind) for image_id, kind, *_ in data["annotations"])
+    boxes, dropped, rng = [], Counter(), random.Random(0)
+    for image_id, kind, number, crowd, (x, y, w, h) in data["annotations"]:
+        photo, box = photos[image_id], (x, y, x + w, y + h)
+        size = photo["width"], photo["height"]
+        words = texts.get(str(number), names[kind] if alike[image_id, kind] == 1 else None)
+        reasons = {
+            "crowds": crowd,
+            "excluded": image_id in excluded,
+            "in images of the other split": not in_split(image_id, split, 50),
+            "outside their image": sample_cue_box(rng, box, *size, cfg) is None,
+            "without a text": cfg.source == "text" and not words,
+        }
+        if any(reasons.values()):
+            dropped[next(reason for reason, holds in reasons.items() if holds)] += 1
+        else:
+            boxes.append((photo["file_name"], size, box, words))
+    counts = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
+    return boxes, f"of {len(data['annotations']):,} boxes left out: {counts}"
 
 
-FAMILIES = {
-    "tiny": Family("relative1000", "short", (64 * 64, 192 * 192), (64 * 64, 64 * 64), 7e-4, 8, 40),
-    "qwen2_5_vl": Family("resized", "paper", (56 * 56, 1280 * 28 * 28), (112 * 112, 324 * 28 * 28), 1e-5, 8, 256),
-    "qwen3_vl": Family("relative1000", "paper", (64 * 64, 1280 * 32 * 32), (128 * 128, 324 * 32 * 32), 1e-5, 8, 256),
-}
+def CocoCues(
+    annotations: Path, images: Path, cfg: CueConfig, split: str, seed: int, exclude=None, expressions=None
+) -> Cues:
+    """Cues from COCO's boxes; training and held-out cues never share an image, opened when drawn."""
+    if not images.is_dir():
+        raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
+    if exclude is None:
+        print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
+    excluded = read("exclude", exclude, "list of image ids", lambda text: set(map(int, text.split())))
+    texts = read("expressions", expressions, "JSON of texts by id", lambda t: dict(json.loads(t or "[]")))
+    index = partial(index_coco, cfg=cfg, split=split, excluded=excluded, texts=texts)
+    boxes, why = read("annotations", annotations, "COCO instances JSON", index)
+    if not boxes:
+        raise UserError(f"--annotations {annotations} leaves no {split} cue ({why}): give another.")
+
+    def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
+        name, side, box, text = rng.choice(boxes)
+        if cfg.source == "random":
+            box, text = sample_random_box(rng, *side, size, cfg), None
+        else:
+            box = sample_cue_box(rng, box, *side, cfg)
+        image = load_image(images / name, side) if box and size_class(box, *side) == size else None
+        return image and Cue(image, box, size, text)
+
+    return Cues(cfg, f"coco-{split}", seed, draw, f"{annotations} ({why})")
 
 
-@dataclass
-class Tools:
-    """What turns text and pictures into a model's inputs."""
+def FolderCues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
+    """Random windows of one's own images; one image in ten is held out."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+    names = [name for name in names if in_split(name, split, 10)]
+    if not names:
+        raise UserError(f"--data {folder} has no image for {split} cues: give a folder with more images.")
 
-    tokenizer: Any
-    image_processor: Any
-    family: Family
-    image_token: str
+    def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
+        image = load_image(folder / rng.choice(names))
+        box = image and sample_random_box(rng, *image.size, size, cfg)
+        return box and Cue(image, box, size)
 
-
-@dataclass
-class Encoded:
-    """One prompt, ready for the model. P tokens, n images, N patches in all."""
-
-    ids: Tensor  # [P]
-    kinds: Tensor  # [P]: 1 where an image token stands (mm_token_type_ids), else 0
-    pixels: Tensor  # [N, 3·2·patch·patch]
-    grids: Tensor  # [n, 3]: patches of each image in t, h, w
-    frame: BoxFrame  # of the first image
-    features: list[Tensor] | None = field(default=None, repr=False)  # n × [cells, width], once they were seen
+    return Cues(replace(cfg, source="random"), f"folder-{split}", seed, draw, str(folder))
 
 
-def encode(tools: Tools, text: str, image: Image.Image, crop: Image.Image | None = None) -> Encoded:
-    """A prompt of the full image, the crop if there is one, and the text, in the family's chat template."""
-    limits = [(image, tools.family.image_pixels), (crop, tools.family.crop_pixels)]
-    seen = [
-        tools.image_processor(picture, size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt")
-        for picture, (low, high) in limits
-        if picture is not None
-    ]
-    grids = torch.cat([s["image_grid_thw"] for s in seen])  # [n, 3]
-    content = [{"type": "image"}] * len(seen) + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    prompt = tools.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, *after = prompt.split(tools.image_token)
-    cells = (grids.prod(-1) // tools.image_processor.merge_size**2).tolist()
-    prompt = before + "".join(tools.image_token * n + rest for n, rest in zip(cells, after, strict=True))
-    ids = tools.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"][0]  # [P]
-    kinds = (ids == tools.tokenizer.convert_tokens_to_ids(tools.image_token)).long()  # [P]
-    frame = box_frame(tools.family.box_frame, *image.size, grids[0], tools.image_processor.patch_size)
-    return Encoded(ids, kinds, torch.cat([s["pixel_values"] for s in seen]), grids, frame)
-
-
-def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:
-    """The words of a task ("cue", "text" or "name"), with the instruction to think unless it is unwanted."""
-    template = PROMPTS[family.prompts]
-    text = template[task].format(units=UNITS[family.box_frame], **words)
-    return text + (template["think"] if think else "")
+def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Path | None) -> Cues:
+    """The cues that --data names; `files` are COCO's: annotations, images, exclude and expressions."""
+    if not 0 <= cfg.tiny_ratio <= 1:
+        raise UserError(f"--tiny-ratio {cfg.tiny_ratio} is no share: give 0 to 1.")
+    if data == "scenes":
+        return SceneCues(cfg, split, seed)
+    if data == "coco":
+        if not (files.get("annotations") and files.get("images")):
+            raise UserError("--data coco needs --annotations FILE and --images DIR.")
+        return CocoCues(cfg=cfg, split=split, seed=seed, **files)
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data} is neither scenes, coco nor a folder of images.")
+    if cfg.source not in ("object", "random"):
+        raise UserError(f"--source {cfg.source} needs boxes, but --data {data} has none: use random.")
+    return FolderCues(Path(data), cfg, split, seed)
 
 
 def encode_cue(tools: Tools, cue: Cue, source: str) -> Encoded:
-    """The training prompt of a cue: image and crop, or for the text cue (Table 5) the image and its description."""
+    """The training prompt of a cue: image and crop, or for the text cue (Table 5) image and description."""
     if source == "text":
         return encode(tools, prompt_text(tools.family, "text", text=cue.text), cue.image)
     return encode(tools, prompt_text(tools.family, "cue"), cue.image, cue.crop)
+
+
+def contact_sheet(cues: Cues, n: int) -> Image.Image:
+    """Cues 0 to n − 1, three a row: the image with its window, the crop, size class and description."""
+    sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
+    for i in range(n):
+        cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
+        full = ImageOps.contain(cue.image, (320, 240))
+        box = [v * full.width / cue.image.width for v in cue.box]
+        ImageDraw.Draw(full).rectangle(box, outline="magenta", width=2)
+        sheet.paste(full, (x, y))
+        x += full.width + 10
+        sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
+        label = f"{i}: {cue.size}\n{cue.text or ''}"
+        ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="a sheet of cues")
+    show.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
+    for name in ("annotations", "images", "exclude", "expressions"):
+        show.add_argument(f"--{name}", type=Path, help="of COCO")
+    show.add_argument("--source", choices=SOURCES, default="object")
+    show.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--n", type=int, default=12, help="how many")
+    show.add_argument("--out", type=Path, default=Path("cues.png"))
+    args = vars(parser.parse_args())
+    cfg = CueConfig(args.pop("source"), args.pop("tiny_ratio"))
+    out, n, _ = (args.pop(name) for name in ("out", "n", "command"))
+    try:
+        if n < 1:
+            raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
+        contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

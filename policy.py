@@ -1,6 +1,6 @@
-"""The multimodal model as a policy: load and adapt it, roll out groups of answers, score them, check it all.
+"""The multimodal model as a policy: load it, adapt it, roll out groups of answers, score them.
 
-A group is G answers to one prompt, and the prompt (two images) is most of the tokens. So each prompt is one
+A group is G answers to one prompt, and the prompt (two images) is most of the tokens. So a prompt is one
 row, in the rollout and in every later pass: `[prompt | the tokens of all G answers]`, where a mask lets each
 answer see the prompt and itself, and positions start again after the prompt for every answer.
 """
@@ -14,37 +14,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DynamicCache,
-)
 
-from data import FAMILIES, Encoded, Tools, UserError
+from data import UserError
+from prompts import FAMILIES, Encoded, Tools
 
-HERE = Path(__file__).resolve().parent
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
 
 
 @dataclass
 class Policy:
-    """A model with what surrounds it. `forbidden` [V] is added to logits: −inf where a token must not be sampled."""
+    """A model with what surrounds it."""
 
     model: Any  # the transformers model, or that model wrapped by peft
     tools: Tools
     device: torch.device
-    forbidden: Tensor
+    forbidden: Tensor  # [V], added to logits: −inf for image and video tokens, which nothing could stand for
     stop_ids: Tensor
 
     @property
     def whole(self) -> nn.Module:
-        """The transformers model with its lm_head; adapters work in place, so they act here too."""
+        """The transformers model with its lm_head; an adapter works in place, so it acts here too."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def reference(self):
@@ -52,83 +45,71 @@ class Policy:
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
 
-# ---------------------------------------------------------------- loading
-
-
 def model_folder(name: str) -> str:
-    """A folder as it is, `tiny` beside this file, or a hub id."""
-    if Path(name).is_dir():
-        return name
-    if (HERE / name).is_dir():
-        return str(HERE / name)
+    """A model folder, `tiny` beside this file, or a hub id as it is; UserError for anything else."""
+    for folder in (Path(name), Path(__file__).resolve().parent / name):
+        if folder.is_dir():
+            return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"--model {name} is no folder; give `tiny`, a model folder or a hub id like Qwen/Qwen2.5-VL-3B-Instruct.")
+        raise UserError(f"--model {name} is no folder: give tiny, a model folder or an id like Qwen/NAME.")
     return name
 
 
 def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None = None) -> Policy:
-    """Model, tokenizer and image processor of a folder or hub id, in 4 bit if asked (default: where CUDA is).
+    """Model, tokenizer and image processor of a folder or hub id; 4-bit if asked (default: where CUDA is).
 
-    AutoProcessor is avoided: for Qwen-VL it needs torchvision. UserError where the model cannot be had, or its
-    family, and so its box frame, is unknown and `frame` is not given.
+    No AutoProcessor: Qwen-VL's needs torchvision. UserError where the model cannot be had, or its family, and
+    so its box frame, is unknown and `frame` is not given.
     """
-    folder = model_folder(name)
+    folder, cuda = model_folder(name), torch.cuda.is_available()
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
+    dtype, device = (half, torch.device("cuda")) if cuda else (torch.float32, torch.device("cpu"))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = hf.AutoConfig.from_pretrained(folder)
+        kind = getattr(config, "locus_family", config.model_type)
+        if kind not in FAMILIES and frame is None:
+            raise UserError(f"--model {name} is of the unknown family {kind}: name its --box-frame.")
+        family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
+        quantization = (
+            hf.BitsAndBytesConfig(**nf4) if (cuda if load_in_4bit is None else load_in_4bit) else None
+        )
+        how = dict(dtype=dtype, quantization_config=quantization, attn_implementation="sdpa")
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        tools = Tools(tokenizer, hf.AutoImageProcessor.from_pretrained(folder), family, "")
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    kind = getattr(config, "locus_family", config.model_type)
-    if kind not in FAMILIES and frame is None:
-        raise UserError(f"--model {name} is of the unknown family {kind}: name its coordinates with --box-frame.")
-    family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
-    family = replace(family, box_frame=frame or family.box_frame)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    quantization = None
-    if cuda if load_in_4bit is None else load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(family.skip_4bit),
-        )
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa", device_map={"": device}
-    )
-    model.eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its repacked weights would pass no gradient on
             module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tools = Tools(tokenizer, AutoImageProcessor.from_pretrained(folder), family, "")
-    return make_policy(model, tools, device)
+    tools.family = replace(family, box_frame=frame or family.box_frame)
+    return make_policy(model.eval().requires_grad_(False), tools, device)
 
 
 def make_policy(model: nn.Module, tools: Tools, device: torch.device) -> Policy:
     """A policy around a loaded model: which tokens stop an answer, and which must never be part of one."""
-    config, tokenizer = model.config, tools.tokenizer
-    tools.image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    config = model.config
+    tools.image_token = tools.tokenizer.convert_ids_to_tokens(config.image_token_id)
     forbidden = torch.zeros(config.get_text_config().vocab_size, device=device)
-    forbidden[[config.image_token_id, config.video_token_id]] = -torch.inf  # the forward pass would fail on them
+    forbidden[[config.image_token_id, config.video_token_id]] = -torch.inf
     stops = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    stops = {tools.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     return Policy(model, tools, device, forbidden, torch.tensor(sorted(stops), device=device))
 
 
 def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
-    """LoRA on the text layers, float32 (bf16 adapters do not move at small steps); B = 0, so nothing changes yet."""
+    """LoRA on the text layers, float32 (bf16 would not move at small steps); B = 0: no change yet."""
     torch.manual_seed(seed)
-    targets = policy.tools.family.lora_targets
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=policy.tools.family.lora_targets)
     return replace(policy, model=get_peft_model(policy.model, config).eval())
 
 
 def load_adapter(policy: Policy, folder: Path) -> Policy:
     """The policy with a trained adapter from a folder in PEFT's format."""
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {folder} holds no adapter_config.json; give the adapter folder of a run.")
+        raise UserError(f"--adapter {folder} holds no adapter_config.json: give the adapter folder of a run.")
     return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
 
 
@@ -159,24 +140,25 @@ def see(policy: Policy, items: list[Encoded]) -> None:
     taken = 0
     for item in new:
         until = taken + len(item.grids)
-        item.features = [torch.cat(layer[taken:until]) for layer in layers]  # (1 + deepstack) × [cells, width]
+        item.features = [torch.cat(layer[taken:until]) for layer in layers]  # (1 + deepstack) × [cells, H]
         item.pixels, taken = torch.empty(0), until
 
 
 def collate(policy: Policy, items: list[Encoded]) -> Batch:
-    """Prompts as one left-padded batch, with explicit M-RoPE positions (what a model remembers may be stale)."""
+    """Prompts as a left-padded batch, with explicit M-RoPE positions (those in a model may be stale)."""
     see(policy, items)
     length = max(len(item.ids) for item in items)
-    pad = policy.tools.tokenizer.pad_token_id
-    ids = torch.stack([F.pad(item.ids, (length - len(item.ids), 0), value=pad) for item in items])  # [B, P]
-    kinds = torch.stack([F.pad(item.kinds, (length - len(item.kinds), 0)) for item in items])  # [B, P]
-    there = torch.stack([F.pad(torch.ones_like(item.ids), (length - len(item.ids), 0)) for item in items])
+
+    def stack(rows: list[Tensor], value: int = 0) -> Tensor:
+        return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])  # [B, P]
+
+    ids = stack([item.ids for item in items], policy.tools.tokenizer.pad_token_id)
+    kinds, there = stack([item.kinds for item in items]), stack([torch.ones_like(item.ids) for item in items])
     grids = torch.cat([item.grids for item in items])
     rope = policy.whole.model.get_rope_index
     positions, _ = rope(ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=there)  # [3, B, P]
     start = positions.masked_fill(there[None] == 0, -1).amax((0, 2)) + 1  # [B]
-    to = policy.device
-    return Batch(items, ids.to(to), (there - 1).to(to), positions.to(to), start.to(to))
+    return Batch(items, *(t.to(policy.device) for t in (ids, there - 1, positions, start)))
 
 
 def group_mask(segments: Tensor, queries: int | None = None) -> Tensor:
@@ -184,32 +166,35 @@ def group_mask(segments: Tensor, queries: int | None = None) -> Tensor:
 
     segments: [B, L], 0 where the prompt stands, g ≥ 1 for answer g, −1 for padding; the columns of different
     answers may alternate. queries: how many of the last columns ask (default all). Result: bool [B, 1, Q, L].
-    A column of padding sees itself, since a softmax over nothing is NaN.
     """
-    length = segments.shape[1]
-    queries = length if queries is None else queries
-    keys, asking = segments[:, None, :], segments[:, -queries:, None]  # [B, 1, L], [B, Q, 1]
-    own = (keys == 0) | ((keys == asking) & (keys > 0))  # [B, Q, L]
-    column = torch.arange(length, device=segments.device)
-    past = column[None, :] <= column[-queries:, None]  # [Q, L]
-    itself = column[None, :] == column[-queries:, None]  # [Q, L]
-    return ((own & past) | itself)[:, None]
+    asking = segments if queries is None else segments[:, -queries:]  # [B, Q]
+    keys, column = segments[:, None], torch.arange(segments.shape[1], device=segments.device)
+    row = column[-asking.shape[1] :, None]  # [Q, 1]
+    own = (keys == 0) | ((keys == asking[..., None]) & (keys > 0))  # [B, Q, L]
+    itself = column == row  # [Q, L]: also of padding, since a softmax over nothing is NaN
+    return ((own & (column <= row)) | itself)[:, None]
 
 
-def run_text(policy: Policy, ids: Tensor, mask: Tensor, positions: Tensor, items: list[Encoded] | None, cache=None):
-    """Last hidden states [B, L, H] of the text model; `items` are the prompts whose images stand in `ids`."""
+def run_text(
+    policy: Policy, ids: Tensor, segments: Tensor, positions: Tensor, items=None, cache=None
+) -> Tensor:
+    """Last hidden states [B, Q, H] of the tokens ids [B, Q], the last Q columns of segments [B, L].
+
+    positions: [3, B, Q]. items: the prompts whose images stand in `ids`. cache: keys and values of the
+    columns before, which this call extends.
+    """
     seen = {}
     if items is not None:
-        layers = list(zip(*(item.features for item in items), strict=True))  # (1 + deepstack) × B × [cells, width]
+        layers = list(
+            zip(*(item.features for item in items), strict=True)
+        )  # (1 + deepstack) × B × [cells, H]
         seen["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
-    return policy.whole.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        mm_encoder_outputs=seen,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
+    mask = group_mask(segments, ids.shape[1])
+    state = dict(past_key_values=cache, use_cache=cache is not None)
+    run = policy.whole.model(
+        ids, attention_mask=mask, position_ids=positions, mm_encoder_outputs=seen, **state
+    )
+    return run.last_hidden_state
 
 
 # ---------------------------------------------------------------- rollout
@@ -217,102 +202,91 @@ def run_text(policy: Policy, ids: Tensor, mask: Tensor, positions: Tensor, items
 
 @dataclass
 class Rollout:
-    """G answers to each of B prompts, T tokens the longest. An answer ends with its stop token, if it has one."""
+    """G answers to each of B prompts, T tokens at most; an answer ends with its stop token, if it has one."""
 
     tokens: Tensor  # [B, G, T]
     mask: Tensor  # [B, G, T]: True up to and with the stop token
     logps: Tensor  # [B, G, T]: log-probabilities when sampled, 0 outside the mask
     stopped: Tensor  # [B, G]: False for an answer that was cut at the limit
 
+    def rows(self, some: slice) -> "Rollout":
+        return Rollout(self.tokens[some], self.mask[some], self.logps[some], self.stopped[some])
+
 
 @torch.no_grad()
-def rollout(
-    policy: Policy,
-    batch: Batch,
-    group: int,
-    max_new_tokens: int,
-    generator: torch.Generator | None = None,
-) -> Rollout:
+def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, generator=None) -> Rollout:
     """Sample `group` answers a prompt at temperature 1 and top-p 1; without a generator, decode greedily.
 
     The prompts are read once; then every step feeds the G newest tokens of a row together, so the cache holds
     P + G·T columns a prompt: column P + t·G + g is token t of answer g, at position start + t.
     """
-    cache = DynamicCache()
-    mask = group_mask(batch.segments)
-    hidden = run_text(policy, batch.ids, mask, batch.positions, batch.items, cache)[:, -1:]  # [B, 1, H]
-    hidden = hidden.expand(-1, group, -1)  # [B, G, H]
+    cache, segments = hf.DynamicCache(), batch.segments
+    hidden = run_text(policy, batch.ids, segments, batch.positions, batch.items, cache)  # [B, P, H]
+    hidden = hidden[:, -1:].expand(-1, group, -1)  # [B, G, H]
     alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
     number = torch.arange(1, group + 1, device=policy.device)  # [G]
-    segments, tokens, masks, logps = batch.segments, [], [], []
+    steps = []
     for t in range(max_new_tokens):
-        logits = policy.whole.lm_head(hidden).float() + policy.forbidden  # [B, G, V]
+        logps = (policy.whole.lm_head(hidden).float() + policy.forbidden).log_softmax(-1)  # [B, G, V]
         if generator is None:
-            token = logits.argmax(-1)  # [B, G]
+            token = logps.argmax(-1)  # [B, G]
         else:
-            token = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view_as(alive)
-        logp = logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)  # [B, G]
-        tokens.append(token)
-        masks.append(alive)
-        logps.append(logp * alive)
+            token = torch.multinomial(logps.exp().flatten(0, 1), 1, generator=generator).view_as(alive)
+        steps.append((token, alive, logps.gather(-1, token[..., None])[..., 0] * alive))
         alive = alive & ~torch.isin(token, policy.stop_ids)
         if t + 1 == max_new_tokens or not alive.any():
             break
         segments = torch.cat([segments, torch.where(alive, number, -1)], 1)  # [B, P + (t+1)·G]
         positions = (batch.start + t)[None, :, None].expand(3, -1, group)  # [3, B, G]
-        hidden = run_text(policy, token, group_mask(segments, queries=group), positions, None, cache)  # [B, G, H]
-    return Rollout(torch.stack(tokens, -1), torch.stack(masks, -1), torch.stack(logps, -1), ~alive)
+        hidden = run_text(policy, token, segments, positions, None, cache)  # [B, G, H]
+    tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
+    return Rollout(tokens, mask, logps, ~alive)
 
 
 def texts(policy: Policy, roll: Rollout) -> list[list[str]]:
-    """The answers as text, B × G, without special tokens (what is no special token stays, tags among it)."""
-    return [
-        [policy.tools.tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(*rows, strict=True)]
-        for rows in zip(roll.tokens.cpu(), roll.mask.cpu(), strict=True)
-    ]
+    """The answers, B × G, as the reward reads them: with the family's opening, without special tokens."""
+    opening, decode = policy.tools.family.opening, policy.tools.tokenizer.decode
+    rows = zip(roll.tokens.cpu(), roll.mask.cpu(), strict=True)
+    return [[opening + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
 
 
 def answer(policy: Policy, items: list[Encoded], max_new_tokens: int, batch: int = 128) -> Iterator[str]:
-    """Greedy answers in the order of the prompts, opening included."""
+    """Greedy answers in the order of the prompts."""
     for i in range(0, len(items), batch):
         roll = rollout(policy, collate(policy, items[i : i + batch]), 1, max_new_tokens)
-        yield from (policy.tools.family.opening + text for (text,) in texts(policy, roll))
+        yield from (text for (text,) in texts(policy, roll))
 
 
 # ---------------------------------------------------------------- scoring a group in one pass
 
 
 def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log π(token | what came before) of G answers a prompt, [B, G, T], 0 outside the mask, in one packed pass.
+    """log π(token | before it) of G answers a prompt, [B, G, T], 0 outside the mask, in one packed pass.
 
-    Row: the prompt, then the answers' tokens in the order in which they were sampled (token t of answer g before
-    token t + 1 of any), without the columns that no longer live: P + Σ T_g columns, not G · (P + T).
+    Row: the prompt, then the answers' tokens in the order in which they were sampled (token t of any answer
+    before token t + 1), without the columns that no longer live: P + Σ T_g columns, not G · (P + T).
     """
-    B, G, T = tokens.shape
-    device, P = tokens.device, batch.ids.shape[1]
+    (B, G, T), P, device = tokens.shape, batch.ids.shape[1], tokens.device
     tokens, mask = tokens.transpose(1, 2).flatten(1), mask.transpose(1, 2).flatten(1)  # [B, T·G]
     number = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
     time = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
-    # The column of the token before: the prompt's last for t = 0, else wherever token t − 1 of the answer lands.
-    column = P + mask.cumsum(1) - 1  # [B, T·G]
-    before = torch.cat([torch.full((B, G), P - 1, device=device), column[:, :-G]], 1)  # [B, T·G]
+    # A token is predicted from the one before: for t = 0 the prompt's last, then where token t − 1 landed.
+    landed = P + mask.cumsum(1) - 1  # [B, T·G]
+    before = torch.cat([torch.full((B, G), P - 1, device=device), landed[:, :-G]], 1)  # [B, T·G]
     keep = torch.argsort(~mask, dim=1, stable=True)[:, : mask.sum(1).max()]  # [B, K]: living columns first
-    living = mask.gather(1, keep)  # [B, K]
-    ids = torch.cat([batch.ids, tokens.gather(1, keep)], 1)  # [B, P + K]
+    living, chosen = mask.gather(1, keep), tokens.gather(1, keep)  # [B, K]
+    ids = torch.cat([batch.ids, chosen.where(living, batch.ids[:, -1:])], 1)  # [B, P + K]
     segments = torch.cat([batch.segments, torch.where(living, number[keep], -1)], 1)  # [B, P + K]
     positions = (batch.start[:, None] + time[keep]).expand(3, B, -1)  # [3, B, K]
     positions = torch.cat([batch.positions, positions], 2)  # [3, B, P + K]
-    ids[:, P:].masked_fill_(~living, policy.tools.tokenizer.pad_token_id)
-    hidden = run_text(policy, ids, group_mask(segments), positions, batch.items)  # [B, P + K, H]
+    hidden = run_text(policy, ids, segments, positions, batch.items)  # [B, P + K, H]
     source = before.gather(1, keep)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
-    asking = hidden.gather(1, source)[living]  # [N, H], N the living tokens of the batch
-    logps = chosen_logps(policy, asking, ids[:, P:][living])  # [N]
-    flat = torch.zeros(mask.shape, device=device).masked_scatter(mask, logps)  # [B, T·G]
-    return flat.view(B, T, G).transpose(1, 2)
+    logps = chosen_logps(policy, hidden.gather(1, source)[living], chosen[living])  # [N], N the living tokens
+    return torch.zeros(B, T * G, device=device).masked_scatter(mask, logps).view(B, T, G).transpose(1, 2)
 
 
 def chosen_logps(policy: Policy, hidden: Tensor, chosen: Tensor) -> Tensor:
-    """log softmax of the chosen tokens [N] from hidden states [N, H], float32; logits live a chunk at a time."""
+    """log softmax of chosen tokens [N] from hidden states [N, H], float32; logits live a chunk at a time."""
 
     def score(h: Tensor, c: Tensor) -> Tensor:
         logits = policy.whole.lm_head(h).float() + policy.forbidden  # [n, V]

@@ -29,7 +29,12 @@ def answer_of(text: str) -> str | None:
     """What stands inside the answer tags; None unless there is exactly one answer block."""
     before, opening, rest = text.partition("<answer>")
     answer, closing, after = rest.partition("</answer>")
-    if not (opening and closing) or "</answer>" in before or "<answer>" in answer + after or "</answer>" in after:
+    if (
+        not (opening and closing)
+        or "</answer>" in before
+        or "<answer>" in answer + after
+        or "</answer>" in after
+    ):
         return None
     return answer
 
@@ -37,8 +42,8 @@ def answer_of(text: str) -> str | None:
 def parse_box(text: str) -> Box | None:
     """b̂ = Parse(ŷ): the box (x1, y1, x2, y2) inside the one answer block, in the model's frame.
 
-    Spaces, line ends and decimals are allowed; anything beside the four numbers, and a box that is inverted or
-    empty, is None. Never raises, whatever the text.
+    Spaces, line ends and decimals are allowed; anything beside the four numbers, and a box that is inverted
+    or empty, is None. Never raises, whatever the text.
     """
     match = BOX.fullmatch(answer_of(text) or "")
     if match is None:
@@ -48,7 +53,7 @@ def parse_box(text: str) -> Box | None:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in the same frame, 0 to 1; empty, inverted and NaN boxes have 0."""
+    """Intersection over union of two boxes in one frame, 0 to 1; empty, inverted and NaN boxes have 0."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     intersection = width * height
@@ -59,7 +64,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def format_reward(text: str) -> float:
-    """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once, and nothing else; or 0."""
+    """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once, nothing else; or 0."""
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
     before, _, rest = text.partition("<think>")

@@ -63,7 +63,7 @@ class Question:
 
 @dataclass
 class Scene:
-    """Things and background of one picture. `things` have distinct (colour, shape) pairs and disjoint boxes."""
+    """Things and background of a picture; things have distinct (colour, shape) pairs and disjoint boxes."""
 
     things: list[Thing]
     background: tuple[int, int, int]

@@ -1,0 +1,123 @@
+"""Prompts and box frames: from text and pictures to what a model family takes, and back from its boxes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scenes import Box
+
+
+@dataclass(frozen=True)
+class BoxFrame:
+    """The one place that knows coordinate conventions: between pixels of the full image and frame units."""
+
+    width: int  # of the full image in pixels
+    height: int
+    units_x: int  # the same edges in units: the resized image's pixels (Qwen2.5-VL) or 1,000 (Qwen3-VL)
+    units_y: int
+
+    def to_units(self, box: Box) -> Box:
+        x, y = self.units_x / self.width, self.units_y / self.height
+        return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+    def to_text(self, box: Box) -> str:
+        """A box in pixels as the model should write it: whole units."""
+        return "[" + ", ".join(str(round(v)) for v in self.to_units(box)) + "]"
+
+    def to_pixels(self, numbers: Box) -> Box:
+        return BoxFrame(self.units_x, self.units_y, self.width, self.height).to_units(numbers)
+
+
+def box_frame(name: str, width: int, height: int, grid: Tensor, patch: int) -> BoxFrame:
+    """The frame `name` of an image that became `grid` = (t, h, w) patches of `patch` px."""
+    if name == "relative1000":
+        return BoxFrame(width, height, 1000, 1000)
+    return BoxFrame(width, height, int(grid[2]) * patch, int(grid[1]) * patch)
+
+
+# The paper's content in our words, and a short form that the embedded model was built with.
+PROMPTS = {
+    "paper": {
+        "cue": "Image 2 is a crop of Image 1. Give its box in Image 1 as [x1, y1, x2, y2] in {units}.",
+        "text": "Find in the image: {text}. Give its box as [x1, y1, x2, y2] in {units}.",
+        "name": "Name what the second image, a crop of the first, shows, in a few words.",
+        "think": " First reason inside <think> </think>, then answer inside <answer> </answer>.",
+    },
+    "short": dict(cue="Find Image 2 in Image 1.", text="Find the {text}.", name="What is Image 2?", think=""),
+}
+UNITS = {"resized": "pixel coordinates", "relative1000": "coordinates from 0 to 1000"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families; one row of FAMILIES, and any of it can be set by a flag."""
+
+    box_frame: str  # resized | relative1000
+    prompts: str  # key of PROMPTS
+    image_pixels: tuple[int, int]  # least and most pixels of a full image as the model sees it
+    crop_pixels: tuple[int, int]  # the same for a crop
+    lr: float
+    prompts_a_step: int
+    max_new_tokens: int
+    opening: str = ""  # what the chat template has already written of the completion ("<think>")
+    lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
+
+
+FAMILIES = {
+    "tiny": Family("relative1000", "short", (64**2, 192**2), (64**2, 64**2), 7e-4, 8, 40),
+    "qwen2_5_vl": Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256),
+    "qwen3_vl": Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256),
+}
+
+
+@dataclass
+class Tools:
+    """What turns text and pictures into a model's inputs."""
+
+    tokenizer: Any
+    image_processor: Any
+    family: Family
+    image_token: str
+
+
+@dataclass
+class Encoded:
+    """One prompt, ready for the model. P tokens, n images, N patches in all."""
+
+    ids: Tensor  # [P]
+    kinds: Tensor  # [P]: 1 where an image token stands (mm_token_type_ids), else 0
+    pixels: Tensor  # [N, 3·2·patch·patch]
+    grids: Tensor  # [n, 3]: patches of each image in t, h, w
+    frame: BoxFrame  # of the first image
+    features: list[Tensor] | None = field(default=None, repr=False)  # n × [cells, width], once they were seen
+
+
+def encode(tools: Tools, text: str, image: Image.Image, crop: Image.Image | None = None) -> Encoded:
+    """A prompt of the full image, the crop if there is one, and the text, in the family's chat template."""
+    processor, seen = tools.image_processor, []
+    for picture, (low, high) in ((image, tools.family.image_pixels), (crop, tools.family.crop_pixels)):
+        if picture is not None:
+            size = {"shortest_edge": low, "longest_edge": high}
+            seen.append(processor(picture, size=size, return_tensors="pt"))
+    grids = torch.cat([s["image_grid_thw"] for s in seen])  # [n, 3]
+    content = [{"type": "image"}] * len(seen) + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    prompt = tools.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, *after = prompt.split(tools.image_token)
+    cells = (grids.prod(-1) // processor.merge_size**2).tolist()
+    prompt = before + "".join(tools.image_token * n + rest for n, rest in zip(cells, after, strict=True))
+    ids = tools.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"][0]  # [P]
+    kinds = (ids == tools.tokenizer.convert_tokens_to_ids(tools.image_token)).long()  # [P]
+    frame = box_frame(tools.family.box_frame, *image.size, grids[0], processor.patch_size)
+    return Encoded(ids, kinds, torch.cat([s["pixel_values"] for s in seen]), grids, frame)
+
+
+def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:
+    """The words of a task ("cue", "text" or "name"), with the instruction to think unless it is unwanted."""
+    template = PROMPTS[family.prompts]
+    text = template[task].format(units=UNITS[family.box_frame], **words)
+    return text + (template["think"] if think else "")

@@ -1,0 +1,195 @@
+"""The packed group pass, the rollout and the plain model must agree: that is what makes GRPO here GRPO."""
+
+import pytest
+import torch
+from conftest import prompts, random_policy, with_adapter
+
+from check import self_check
+from policy import Policy, answer, collate, group_mask, rollout, see, texts, token_logps
+from prompts import Encoded
+
+
+def oracle_logps(policy: Policy, item: Encoded, tokens: torch.Tensor) -> torch.Tensor:
+    """log-probabilities [T] of one answer by the model's own forward pass: one row, nothing of ours."""
+    ids = torch.cat([item.ids, tokens])[None]
+    kinds = torch.cat([item.kinds, torch.zeros_like(tokens)])[None]
+    logits = policy.whole(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=kinds,
+        pixel_values=item.pixels,
+        image_grid_thw=item.grids,
+    ).logits[0, len(item.ids) - 1 : -1]  # [T, V]
+    logps = (logits.float() + policy.forbidden).log_softmax(-1)
+    return logps.gather(-1, tokens[:, None])[:, 0]
+
+
+def sampled(policy: Policy, count: int = 3, group: int = 4, seed: int = 0):
+    """Fresh prompts twice (the batch drops its pixels, the oracle needs them), and a rollout on them."""
+    torch.manual_seed(seed)
+    items, kept = prompts(policy, count), []
+    for item in items:
+        kept.append(Encoded(item.ids, item.kinds, item.pixels, item.grids, item.frame))
+    batch = collate(policy, items)
+    return kept, batch, rollout(policy, batch, group, 24, torch.Generator().manual_seed(seed))
+
+
+def test_answers_differ_in_length_and_some_are_cut(policy):
+    """Without this the agreement below would not cover what it claims."""
+    _, batch, roll = sampled(policy)
+    lengths = roll.mask.sum(-1)
+    assert len(lengths.unique()) > 3
+    assert roll.stopped.any() and not roll.stopped.all()
+    assert (batch.segments[:, 0] == -1).any(), "no prompt is padded"
+
+
+def test_packed_rollout_and_plain_model_agree(policy):
+    kept, batch, roll = sampled(policy)
+    packed = token_logps(policy, batch, roll.tokens, roll.mask)
+    assert torch.allclose(packed, roll.logps, atol=1e-5)
+    assert (packed[~roll.mask] == 0).all()
+    for b, item in enumerate(kept):
+        for g in range(roll.tokens.shape[1]):
+            length = int(roll.mask[b, g].sum())
+            plain = oracle_logps(policy, item, roll.tokens[b, g, :length])
+            assert torch.allclose(packed[b, g, :length], plain, atol=1e-5)
+
+
+def test_gradient_of_the_adapter_is_that_of_one_row_at_a_time(policy):
+    kept, batch, roll = sampled(policy)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    weight = torch.randn(roll.tokens.shape, generator=torch.Generator().manual_seed(1)) * roll.mask
+    packed = torch.autograd.grad((token_logps(policy, batch, roll.tokens, roll.mask) * weight).sum(), trained)
+    plain = 0.0
+    for b, item in enumerate(kept):
+        for g in range(roll.tokens.shape[1]):
+            length = int(roll.mask[b, g].sum())
+            logps = oracle_logps(policy, item, roll.tokens[b, g, :length])
+            plain = plain + (logps * weight[b, g, :length]).sum()
+    for ours, theirs in zip(packed, torch.autograd.grad(plain, trained), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+
+
+def test_no_token_of_one_answer_reaches_another(policy):
+    """Change one answer: no log-probability of any other answer moves by a bit more than rounding."""
+    _, batch, roll = sampled(policy)
+    before = token_logps(policy, batch, roll.tokens, roll.mask)
+    changed = roll.tokens.clone()
+    changed[:, 1] = torch.where(roll.mask[:, 1], (changed[:, 1] + 7) % 300 + 20, changed[:, 1])
+    after = token_logps(policy, batch, changed, roll.mask)
+    others = [0, 2, 3]
+    assert torch.allclose(before[:, others], after[:, others], atol=1e-6)
+    assert not torch.allclose(before[:, 1], after[:, 1], atol=1e-2)
+
+
+def test_padding_of_the_prompts_changes_nothing(policy):
+    """A prompt alone and beside longer ones gives the same greedy answer and the same scores."""
+    _, batch, roll = sampled(policy)
+    for b in range(len(batch.items)):
+        alone = collate(policy, batch.items[b : b + 1])
+        ours = token_logps(policy, alone, roll.tokens[b : b + 1], roll.mask[b : b + 1])
+        assert torch.allclose(ours, token_logps(policy, batch, roll.tokens, roll.mask)[b : b + 1], atol=1e-5)
+
+
+def test_greedy_answers_are_those_of_generate(policy):
+    """The one decoding loop of the project against transformers' own, every sampling field explicit."""
+    torch.manual_seed(3)
+    items = prompts(policy, 2)
+    expected = []
+    for item in items:
+        out = policy.whole.generate(
+            input_ids=item.ids[None],
+            attention_mask=torch.ones_like(item.ids)[None],
+            mm_token_type_ids=item.kinds[None],
+            pixel_values=item.pixels,
+            image_grid_thw=item.grids,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=10,
+            eos_token_id=policy.stop_ids.tolist(),
+            pad_token_id=policy.tools.tokenizer.pad_token_id,
+        )
+        tokens = out[0, len(item.ids) :]
+        expected.append(policy.tools.tokenizer.decode(tokens, skip_special_tokens=True))
+    opening = policy.tools.family.opening
+    assert list(answer(policy, items, 10)) == [opening + text for text in expected]
+
+
+def test_sampling_follows_the_distribution(policy):
+    """Frequencies of 4,000 first tokens against the model's own probabilities (temperature 1)."""
+    items = prompts(policy, 1)
+    kept = Encoded(items[0].ids, items[0].kinds, items[0].pixels, items[0].grids, items[0].frame)
+    roll = rollout(policy, collate(policy, items), 4000, 1, torch.Generator().manual_seed(5))
+    vocabulary = len(policy.forbidden)
+    drawn = torch.bincount(roll.tokens.flatten(), minlength=vocabulary) / 4000
+    tokens = torch.arange(vocabulary)
+    first = torch.stack([oracle_logps(policy, kept, token[None])[0] for token in tokens[::16]]).exp()
+    error = (first * (1 - first) / 4000).sqrt() + 1e-4
+    assert ((drawn[::16] - first).abs() < 5 * error).all()
+    assert drawn[policy.whole.config.image_token_id] == 0
+
+
+def test_the_same_seed_samples_the_same(policy):
+    _, batch, roll = sampled(policy)
+    again = rollout(policy, batch, 4, 24, torch.Generator().manual_seed(0))
+    other = rollout(policy, batch, 4, 24, torch.Generator().manual_seed(1))
+    assert torch.equal(roll.tokens, again.tokens)
+    assert texts(policy, roll) != texts(policy, other)
+
+
+def test_features_are_computed_once_and_pixels_let_go(policy):
+    items = prompts(policy, 2)
+    see(policy, items)
+    features = [item.features[0] for item in items]
+    assert all(item.pixels.numel() == 0 for item in items)
+    see(policy, items)
+    assert all(a is item.features[0] for a, item in zip(features, items))
+
+
+def test_reference_is_the_model_without_adapter():
+    policy = random_policy("qwen3_vl")
+    torch.manual_seed(0)
+    items = prompts(policy, 2)
+    batch = collate(policy, items)
+    roll = rollout(policy, batch, 2, 8, torch.Generator().manual_seed(0))
+    base = token_logps(policy, batch, roll.tokens, roll.mask)
+    adapted = with_adapter(policy)
+    with adapted.reference():
+        assert torch.equal(token_logps(adapted, batch, roll.tokens, roll.mask), base)
+    assert not torch.allclose(token_logps(adapted, batch, roll.tokens, roll.mask), base, atol=1e-3)
+
+
+def test_group_mask_by_hand():
+    """Prompt of two (one padded) and two answers whose columns alternate."""
+    mask = group_mask(torch.tensor([[-1, 0, 1, 2, 1, -1]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 1, 0, 0],
+        [0, 1, 1, 0, 1, 0],
+        [0, 1, 0, 0, 0, 1],
+    ]
+    assert group_mask(torch.tensor([[0, 1, 2, 1, 2]]), queries=2)[0, 0].int().tolist() == [
+        [1, 1, 0, 1, 0],
+        [1, 0, 1, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_only_the_text_layers_are_adapted(rank):
+    policy = with_adapter(random_policy("qwen2_5_vl"), rank)
+    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    assert trained and all(".language_model." in name and "lora_" in name for name in trained)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trained}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_self_check_passes_on_a_fresh_adapter():
+    policy = random_policy("qwen3_vl")
+    from policy import add_lora
+
+    measured = self_check(add_lora(policy, 4), prompts(policy, 2), 4, 12, seed=0)
+    assert measured["rollout_gap"] < 1e-4 and measured["packing_gap"] < 1e-4
+    assert measured["reference_gap"] == 0 and measured["perfect_iou"] > 0.99

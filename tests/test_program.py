@@ -1,0 +1,220 @@
+"""The real programs, run small, on the embedded model of the repository."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+import locus_mini
+import scenes
+from data import CueConfig, SceneCues, UserError
+from policy import answer, load_adapter, load_policy
+from prompts import encode
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps", "3", "--prompts", "2", "--group", "4", "--eval-cues", "6", "--show-every", "2"]
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One small run of the main program, from another folder, as a user would start it."""
+    folder = tmp_path_factory.mktemp("run")
+    done = launch("locus_mini.py", "--out", "first", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "first", done
+
+
+def test_a_run_leaves_what_the_readme_promises(run):
+    folder, done = run
+    for name in ("config.json", "metrics.jsonl", "results.json", "before_after.png", "group.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert "self-check passed" in done.stdout and "cue search (IoU)" in done.stdout
+    assert "step 0: '<think>" in done.stdout + done.stderr, "no completion was shown"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["origin"]["steps"] == "flag" and config["origin"]["lr"] == "model family"
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_metrics_hold_one_line_a_step(run):
+    lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    expected = {"reward", "iou", "format", "kl", "clipped", "rollout_gap", "grad_norm", "skipped", "length"}
+    expected |= {"step", "truncated", "zero_variance", "lr", "seconds"}
+    for line in lines:
+        assert set(line) == expected
+        assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
+        assert line["rollout_gap"] < 1e-3 and line["skipped"] == 0
+    assert lines[0]["kl"] == 0 and lines[2]["kl"] > 0, "the first step starts at the reference"
+    assert lines[0]["clipped"] == 0, "one update a rollout is on policy"
+
+
+def test_results_have_their_shape(run):
+    results = json.loads((run[0] / "results.json").read_text())
+    for when in ("before", "after"):
+        cue = {"mean_iou", "mean_iou_parsed", "acc50", "acc75", "right_object", "parse_rate", "format", "n"}
+        assert set(results[when]["cue"]) == cue and results[when]["cue"]["n"] == 6
+        assert set(results[when]["find"]) == {"mean_iou", "right_object", "n"}
+        for name in ("questions", "suppressed"):
+            asked = results[when][name]
+            assert set(asked) == {"accuracy", "n", "by_objects", "by_size", "by_kind"} and asked["n"] == 12
+            assert set(asked["by_kind"]) == {"attribute", "place"}
+    assert {"whole_image", "centre_box", "name_then_find"} <= set(results["baselines"])
+    assert results["seed"] == 0 and results["settings"]["group"] == 4
+    assert set(results["change"]["cue"]) == {"change", "standard_error"}
+
+
+def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
+    folder, _ = run
+    assert launch("locus_mini.py", "--out", "again", *SMALL, cwd=tmp_path).returncode == 0
+    again = tmp_path / "again"
+
+    def metrics(path: Path) -> list[dict]:
+        return [json.loads(x) | {"seconds": 0} for x in (path / "metrics.jsonl").read_text().splitlines()]
+
+    assert metrics(folder) == metrics(again)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (again / name).read_bytes()
+    both = [json.loads((path / "results.json").read_text()) for path in (folder, again)]
+    assert both[0]["after"] == both[1]["after"] and both[0]["before"] == both[1]["before"]
+
+
+def test_the_adapter_loads_in_plain_transformers(run):
+    """One image, one question, nothing of ours but the words of the prompt; then the merged model."""
+    folder, tokenizer = ROOT / "tiny", AutoTokenizer.from_pretrained(ROOT / "tiny")
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), run[0] / "adapter")
+    cue = SceneCues(CueConfig(), "heldout", 5)[0]
+    question = scenes.questions(cue.scene)[0].text
+    picture = AutoImageProcessor.from_pretrained(folder)(cue.image, return_tensors="pt")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    cells = int(picture["image_grid_thw"].prod()) // 4
+    inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * cells), return_tensors="pt")
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
+    ways = dict(max_new_tokens=40, do_sample=False)
+    plain = model.eval().generate(**inputs, **picture, **ways)
+    length = inputs["input_ids"].shape[1]
+    ours = load_adapter(load_policy("tiny", load_in_4bit=False), run[0] / "adapter")
+    expected = next(answer(ours, [encode(ours.tools, question, cue.image)], 40))
+    assert tokenizer.decode(plain[0, length:], skip_special_tokens=True) == expected
+    merged = model.merge_and_unload().generate(**inputs, **picture, **ways)
+    assert tokenizer.decode(merged[0, length:], skip_special_tokens=True) == expected
+
+
+def test_eval_scores_an_adapter_before_and_after(run, tmp_path):
+    adapter = str(run[0] / "adapter")
+    done = launch("eval.py", "scenes", "--adapter", adapter, "--n", "5", "--out", "scores", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert results["before"]["cue"]["n"] == results["after"]["cue"]["n"] == 5
+    assert (tmp_path / "scores" / "before_after.png").is_file()
+    assert "±" in done.stdout
+
+
+def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """The main program's exit code and what it says on stderr, without the seconds of a new process."""
+    monkeypatch.setattr(sys, "argv", ["locus_mini.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        locus_mini.main()
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "."], "."),
+        (["--data", "no-such-folder"], "no-such-folder"),
+        (["--data", "coco"], "--annotations"),
+        (["--data", "coco", "--annotations", "none.json", "--images", "."], "none.json"),
+        (["--data", "coco", "--annotations", "x.json", "--images", "no-images"], "no-images"),
+        (["--group", "1"], "--group 1"),
+        (["--prompts", "0"], "--prompts 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--tiny-ratio", "1.5"], "--tiny-ratio 1.5"),
+        (["--alpha", "-0.1"], "--alpha"),
+        (["--updates", "3"], "--updates 3"),
+        (["--steps", "-1"], "--steps"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--loss", "ppo"], "--loss"),
+        (["--source", "smell"], "--source"),
+        (["--steps", "many"], "--steps"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--box-frame", "polar"], "--box-frame"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, names, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, said = in_process(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert names in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == [], "wrong use left a folder behind"
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, monkeypatch, capsys):
+    before = (run[0] / "results.json").read_bytes()
+    code, said = in_process(monkeypatch, capsys, "--out", str(run[0]), *SMALL)
+    assert code == 2 and "already holds a run" in said
+    assert (run[0] / "results.json").read_bytes() == before
+
+
+def test_a_wrong_frame_is_found_by_the_base_answers(monkeypatch, capsys, tmp_path):
+    """The embedded model answers in thousandths; told otherwise, the base evaluation stops and says so."""
+    arguments = ("--box-frame", "resized", "--eval-cues", "60", "--out", str(tmp_path / "x"), *SMALL[:6])
+    code, said = in_process(monkeypatch, capsys, *arguments)
+    assert code == 2 and "--box-frame relative1000" in said
+
+
+@pytest.mark.parametrize("source", ["random", "large", "text"])
+def test_every_cue_source_trains(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--source", source, "--out", str(tmp_path / "r"), *SMALL])
+    locus_mini.main()
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("extra", [["--updates", "2", "--iterations", "2", "--kl", "0"], ["--load-in-4bit"]])
+def test_several_updates_and_4bit_train(extra, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / "r"), *SMALL, *extra])
+    locus_mini.main()
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 0 and last["grad_norm"] > 0
+
+
+def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
+    for i in range(30):
+        cue = SceneCues(CueConfig(), "train", 3)[i]
+        cue.image.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path), "--out", str(tmp_path / "r"), *SMALL])
+    locus_mini.main()
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert results["after"]["cue"]["n"] == 6 and "questions" not in results["after"]
+
+
+def test_presets_are_flags_that_flags_override():
+    policy = load_policy("tiny", load_in_4bit=False)
+    cfg, origin = locus_mini.resolve({"preset": "paper", "group": 4}, policy)
+    assert (cfg.lr, cfg.kl, cfg.group, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
+        1e-6,
+        0.01,
+        4,
+        0.01,
+        0.05,
+        0.1,
+    )
+    assert cfg.prompts // cfg.updates == 128
+    assert (origin["lr"], origin["group"], origin["alpha"]) == ("preset paper", "flag", "default")
+    with pytest.raises(UserError, match="--clip-low"):
+        locus_mini.resolve({"clip_low": -1.0}, policy)
