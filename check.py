@@ -74,7 +74,9 @@ def check_frame(policy: Policy, held: HeldOut, scores: Scores) -> None:
     other = "resized" if own == "relative1000" else "relative1000"
     better = []
     for cue, item, box, score in zip(held.cues, held.cue_items, scores.boxes, scores.samples["cue"]):
-        frame = box_frame(other, *cue.image.size, item.grids[0], policy.tools.image_processor.patch_size)
+        frame = box_frame(
+            other, *cue.image.size, item.pictures[0].grid, policy.tools.image_processor.patch_size
+        )
         better.append((iou(frame.to_pixels(item.frame.to_units(box)), cue.box) if box else 0.0) - score)
     gain = paired([0.0] * len(better), better)
     if gain["change"] > 2 * gain["standard_error"]:

@@ -51,13 +51,16 @@ def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut
     bar = tqdm(total=n, desc="held-out samples", leave=False)
     while len(out.cues) < n or any(missing.values()):
         cue, rng = cues[index], random.Random(index)
+        image = cue.image
         index += 1
         if len(out.cues) < n:
             bar.update()
             out.cues.append(cue)
-            out.cue_items.append(encode_cue(tools, cue, "object"))
+            out.cue_items.append(item := encode_cue(tools, cue, "object"))
+            image = item.pictures[0]  # processed and seen once for all that is asked about it
             if cue.scene is not None:
-                out.find_items.append(encode_cue(tools, cue, "text"))
+                find = prompt_text(tools.family, "text", text=cue.text)
+                out.find_items.append(encode(tools, find, image))
         if cue.scene is None:
             missing = {}
             continue
@@ -67,7 +70,7 @@ def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut
         rng.shuffle(possible)
         for q in {q.kind: q for q in possible}.values():
             out.asked.append((cue.scene, q))
-            out.question_items.append(encode(tools, q.text, cue.image))
+            out.question_items.append(encode(tools, q.text, image))
             out.suppressed_items.append(encode(tools, q.text, scenes.keep_only(cue.image, q.box)))
             missing[q.kind] -= 1
     bar.close()
@@ -190,10 +193,11 @@ def baselines(policy: Policy, held: HeldOut, max_new_tokens: int) -> dict[str, f
     if not held.find_items:
         return out
     family = policy.tools.family
-    naming = [encode(policy.tools, prompt_text(family, "name"), c.image, c.crop) for c in held.cues]
+    naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
     names = [(answer_of(text) or "").strip() for text in answer(policy, naming, max_new_tokens, BATCH)]
     prompts = [prompt_text(family, "text", text=name) for name in names]
-    items = [encode(policy.tools, prompt, cue.image) for prompt, cue in zip(prompts, held.cues, strict=True)]
+    images = [item.pictures[0] for item in held.cue_items]
+    items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
     found = zip(answer(policy, items, max_new_tokens, BATCH), items, held.cues, strict=True)
     out["name_then_find"] = mean(box_score(text, item, cue.box, cue)["iou"] for text, item, cue in found)
     out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))

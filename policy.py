@@ -129,19 +129,17 @@ class Batch:
 
 @torch.no_grad()
 def see(policy: Policy, items: list[Encoded]) -> None:
-    """Image features of the prompts that have none yet. The vision tower is frozen: once is enough."""
-    new = [item for item in items if item.features is None]
+    """Features of the pictures that have none yet. The vision tower is frozen: once is enough."""
+    new = list({id(p): p for item in items for p in item.pictures if p.features is None}.values())
     if not new:
         return
-    pixels = torch.cat([item.pixels for item in new]).to(policy.device)  # [patches, C·2·p·p]
-    grids = torch.cat([item.grids for item in new]).to(policy.device)  # [images, 3]
+    pixels = torch.cat([picture.pixels for picture in new]).to(policy.device)  # [patches, C·2·p·p]
+    grids = torch.stack([picture.grid for picture in new]).to(policy.device)  # [images, 3]
     seen = policy.whole.model.get_image_features(pixels, grids)
     layers = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-    taken = 0
-    for item in new:
-        until = taken + len(item.grids)
-        item.features = [torch.cat(layer[taken:until]) for layer in layers]  # (1 + deepstack) × [cells, H]
-        item.pixels, taken = torch.empty(0), until
+    for i, picture in enumerate(new):
+        picture.features = [layer[i] for layer in layers]  # (1 + deepstack) × [cells, H]
+        picture.pixels = torch.empty(0)
 
 
 def collate(policy: Policy, items: list[Encoded]) -> Batch:
@@ -154,7 +152,7 @@ def collate(policy: Policy, items: list[Encoded]) -> Batch:
 
     ids = stack([item.ids for item in items], policy.tools.tokenizer.pad_token_id)
     kinds, there = stack([item.kinds for item in items]), stack([torch.ones_like(item.ids) for item in items])
-    grids = torch.cat([item.grids for item in items])
+    grids = torch.stack([picture.grid for item in items for picture in item.pictures])  # [images, 3]
     rope = policy.whole.model.get_rope_index
     positions, _ = rope(ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=there)  # [3, B, P]
     start = positions.masked_fill(there[None] == 0, -1).amax((0, 2)) + 1  # [B]
@@ -185,9 +183,8 @@ def run_text(
     """
     seen = {}
     if items is not None:
-        layers = list(
-            zip(*(item.features for item in items), strict=True)
-        )  # (1 + deepstack) × B × [cells, H]
+        features = [picture.features for item in items for picture in item.pictures]
+        layers = list(zip(*features, strict=True))  # (1 + deepstack) × images × [cells, H]
         seen["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
     mask = group_mask(segments, ids.shape[1])
     state = dict(past_key_values=cache, use_cache=cache is not None)

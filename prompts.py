@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -85,35 +84,48 @@ class Tools:
 
 
 @dataclass
+class Picture:
+    features: list[Tensor] | None = field(default=None, repr=False)  # (1 + deepstack) × [cells, width]
+
+    pixels: Tensor  # [N, 3·2·patch·patch]
+    grid: Tensor  # [3]: patches in t, h, w
+    size: tuple[int, int]  # width and height of the image, in its own pixels
+    features: list[Tensor] | None = field(
+        default=None, repr=False
+    )  # (1 + deepstack) × [cells, width], once seen
+
+
+@dataclass
 class Encoded:
-    """One prompt, ready for the model. P tokens, n images, N patches in all."""
+    """One prompt of P tokens, ready for the model."""
 
     ids: Tensor  # [P]
     kinds: Tensor  # [P]: 1 where an image token stands (mm_token_type_ids), else 0
-    pixels: Tensor  # [N, 3·2·patch·patch]
-    grids: Tensor  # [n, 3]: patches of each image in t, h, w
-    frame: BoxFrame  # of the first image
-    features: list[Tensor] | None = field(default=None, repr=False)  # n × [cells, width], once they were seen
+    pictures: list[Picture]  # the full image, and the crop if there is one
+    frame: BoxFrame  # of the full image
 
 
-def encode(tools: Tools, text: str, image: Image.Image, crop: Image.Image | None = None) -> Encoded:
+def encode(tools: Tools, text: str, image: Image.Image | Picture, crop: Image.Image | Picture | None = None):
     """A prompt of the full image, the crop if there is one, and the text, in the family's chat template."""
-    processor, seen = tools.image_processor, []
-    for picture, (low, high) in ((image, tools.family.image_pixels), (crop, tools.family.crop_pixels)):
-        if picture is not None:
+    processor, family, pictures = tools.image_processor, tools.family, []
+    for picture, (low, high) in ((image, family.image_pixels), (crop, family.crop_pixels)):
+        if isinstance(picture, Image.Image):
             size = {"shortest_edge": low, "longest_edge": high}
-            seen.append(processor(picture, size=size, return_tensors="pt"))
-    grids = torch.cat([s["image_grid_thw"] for s in seen])  # [n, 3]
-    content = [{"type": "image"}] * len(seen) + [{"type": "text", "text": text}]
+            seen = processor(picture, size=size, return_tensors="pt")
+            picture = Picture(seen["pixel_values"], seen["image_grid_thw"][0], picture.size)
+        pictures += [picture] if picture else []
+    content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     prompt = tools.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, *after = prompt.split(tools.image_token)
-    cells = (grids.prod(-1) // processor.merge_size**2).tolist()
+    cells = [int(picture.grid.prod()) // processor.merge_size**2 for picture in pictures]
     prompt = before + "".join(tools.image_token * n + rest for n, rest in zip(cells, after, strict=True))
     ids = tools.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"][0]  # [P]
     kinds = (ids == tools.tokenizer.convert_tokens_to_ids(tools.image_token)).long()  # [P]
-    frame = box_frame(tools.family.box_frame, *image.size, grids[0], processor.patch_size)
-    return Encoded(ids, kinds, torch.cat([s["pixel_values"] for s in seen]), grids, frame)
+    full = pictures[0]
+    return Encoded(
+        ids, kinds, pictures, box_frame(family.box_frame, *full.size, full.grid, processor.patch_size)
+    )
 
 
 def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:

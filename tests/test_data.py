@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -20,6 +21,14 @@ from prompts import FAMILIES, UNITS, Tools, box_frame, encode, prompt_text
 from reward import iou, parse_box
 
 # ---------------------------------------------------------------- windows
+
+
+def grids(item) -> torch.Tensor:
+    return torch.stack([picture.grid for picture in item.pictures])
+
+
+def pixels(item) -> torch.Tensor:
+    return torch.cat([picture.pixels for picture in item.pictures])
 
 
 def share(box, width: int, height: int) -> float:
@@ -493,10 +502,10 @@ def test_image_tokens_are_counted_and_marked(tools):
     for source, cells in (("object", [36, 4]), ("text", [36])):
         item = encode_cue(tools, cue, source)
         image = tools.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        assert (item.grids.prod(-1) // 4).tolist() == cells
+        assert (grids(item).prod(-1) // 4).tolist() == cells
         assert item.kinds.tolist() == (item.ids == image).long().tolist()
         assert item.kinds.sum() == sum(cells)
-        assert item.pixels.shape == (4 * sum(cells), 3 * 2 * 16 * 16)
+        assert pixels(item).shape == (4 * sum(cells), 3 * 2 * 16 * 16)
         text = tools.tokenizer.decode(item.ids[item.kinds == 0])
         assert text.count("<|vision_start|><|vision_end|>") == len(cells)
         assert text.endswith("<|im_start|>assistant\n")
@@ -511,19 +520,19 @@ def test_pixel_limits_of_image_and_crop_are_their_own(size, kind, patch):
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2)
     tools = Tools(embedded.build_tokenizer(), processor, family, "<|image_pad|>")
     item = encode(tools, "Find it.", noise(*size), noise(16, 16))
-    image, crop = (item.grids.prod(-1) * patch**2).tolist()
+    image, crop = (grids(item).prod(-1) * patch**2).tolist()
     assert image <= 300**2 and 112**2 <= crop <= 150**2
-    assert item.kinds.sum() == item.grids.prod(-1).sum() // 4
+    assert item.kinds.sum() == grids(item).prod(-1).sum() // 4
     frame = item.frame
     assert (frame.width, frame.height) == size
-    resized = (int(item.grids[0, 2]) * patch, int(item.grids[0, 1]) * patch)
+    resized = (int(grids(item)[0, 2]) * patch, int(grids(item)[0, 1]) * patch)
     assert (frame.units_x, frame.units_y) == (resized if kind == "qwen2_5_vl" else (1000, 1000))
 
 
 def test_the_two_pictures_stand_in_order(tools):
     white, black = Image.new("RGB", (192, 192), "white"), Image.new("RGB", (64, 64))
-    pixels = encode(tools, "x", white, black).pixels
-    assert (pixels[: 4 * 36] == 1).all() and (pixels[4 * 36 :] == -1).all()
+    first, second = encode(tools, "x", white, black).pictures
+    assert (first.pixels == 1).all() and (second.pixels == -1).all()
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))

@@ -84,10 +84,10 @@ def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_
     assert kinds.count("place") == kinds.count("attribute") == 4
     assert len(held.cues) == len(held.cue_items) == len(held.find_items) == 4
     for item in held.question_items:
-        assert len(item.grids) == 1, "an ordinary question has one image and no crop"
+        assert len(item.pictures) == 1, "an ordinary question has one image and no crop"
     for full, black, (_, question) in zip(held.question_items, held.suppressed_items, held.asked):
         assert full.ids.tolist() == black.ids.tolist()
-        lit = (black.pixels > -0.999).any(1).float().mean()
+        lit = (black.pictures[0].pixels > -0.999).any(1).float().mean()
         touched = math.prod((question.box[i + 2] - 1) // 16 - question.box[i] // 16 + 1 for i in (0, 1))
         assert lit <= touched / 144 + 1e-6
 

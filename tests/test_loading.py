@@ -88,8 +88,15 @@ def test_an_adapter_survives_saving(folder, tmp_path):
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), tmp_path)
     merged = plain.merge_and_unload().eval()
     item = prompts(policy, 1)[0]
-    args = dict(input_ids=item.ids[None], mm_token_type_ids=item.kinds[None], pixel_values=item.pixels)
-    args |= dict(image_grid_thw=item.grids, attention_mask=torch.ones_like(item.ids)[None])
+    args = dict(
+        input_ids=item.ids[None],
+        mm_token_type_ids=item.kinds[None],
+        pixel_values=torch.cat([p.pixels for p in item.pictures]),
+    )
+    args |= dict(
+        image_grid_thw=torch.stack([p.grid for p in item.pictures]),
+        attention_mask=torch.ones_like(item.ids)[None],
+    )
     with torch.no_grad():
         assert torch.allclose(merged(**args).logits, policy.whole(**args).logits, atol=1e-4)
 

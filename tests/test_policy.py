@@ -1,5 +1,7 @@
 """The packed group pass, the rollout and the plain model must agree: that is what makes GRPO here GRPO."""
 
+import copy
+
 import pytest
 import torch
 from conftest import prompts, random_policy, with_adapter
@@ -17,8 +19,8 @@ def oracle_logps(policy: Policy, item: Encoded, tokens: torch.Tensor) -> torch.T
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=kinds,
-        pixel_values=item.pixels,
-        image_grid_thw=item.grids,
+        pixel_values=torch.cat([p.pixels for p in item.pictures]),
+        image_grid_thw=torch.stack([p.grid for p in item.pictures]),
     ).logits[0, len(item.ids) - 1 : -1]  # [T, V]
     logps = (logits.float() + policy.forbidden).log_softmax(-1)
     return logps.gather(-1, tokens[:, None])[:, 0]
@@ -27,9 +29,8 @@ def oracle_logps(policy: Policy, item: Encoded, tokens: torch.Tensor) -> torch.T
 def sampled(policy: Policy, count: int = 3, group: int = 4, seed: int = 0):
     """Fresh prompts twice (the batch drops its pixels, the oracle needs them), and a rollout on them."""
     torch.manual_seed(seed)
-    items, kept = prompts(policy, count), []
-    for item in items:
-        kept.append(Encoded(item.ids, item.kinds, item.pixels, item.grids, item.frame))
+    items = prompts(policy, count)
+    kept = copy.deepcopy(items)
     batch = collate(policy, items)
     return kept, batch, rollout(policy, batch, group, 24, torch.Generator().manual_seed(seed))
 
@@ -101,8 +102,8 @@ def test_greedy_answers_are_those_of_generate(policy):
             input_ids=item.ids[None],
             attention_mask=torch.ones_like(item.ids)[None],
             mm_token_type_ids=item.kinds[None],
-            pixel_values=item.pixels,
-            image_grid_thw=item.grids,
+            pixel_values=torch.cat([p.pixels for p in item.pictures]),
+            image_grid_thw=torch.stack([p.grid for p in item.pictures]),
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
@@ -119,7 +120,7 @@ def test_greedy_answers_are_those_of_generate(policy):
 def test_sampling_follows_the_distribution(policy):
     """Frequencies of 4,000 first tokens against the model's own probabilities (temperature 1)."""
     items = prompts(policy, 1)
-    kept = Encoded(items[0].ids, items[0].kinds, items[0].pixels, items[0].grids, items[0].frame)
+    kept = copy.deepcopy(items[0])
     roll = rollout(policy, collate(policy, items), 4000, 1, torch.Generator().manual_seed(5))
     vocabulary = len(policy.forbidden)
     drawn = torch.bincount(roll.tokens.flatten(), minlength=vocabulary) / 4000
@@ -141,10 +142,10 @@ def test_the_same_seed_samples_the_same(policy):
 def test_features_are_computed_once_and_pixels_let_go(policy):
     items = prompts(policy, 2)
     see(policy, items)
-    features = [item.features[0] for item in items]
-    assert all(item.pixels.numel() == 0 for item in items)
+    features = [item.pictures[0].features[0] for item in items]
+    assert all(picture.pixels.numel() == 0 for item in items for picture in item.pictures)
     see(policy, items)
-    assert all(a is item.features[0] for a, item in zip(features, items))
+    assert all(a is item.pictures[0].features[0] for a, item in zip(features, items))
 
 
 def test_reference_is_the_model_without_adapter():

@@ -106,7 +106,8 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, step, crop_share, monkeyp
         ids = torch.cat([item.ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
         assert ids.tolist() == build.tokenizer(text).input_ids
         P, T = len(item.ids), len(ids) - len(item.ids)
-        seen = {"pixel_values": item.pixels, "image_grid_thw": item.grids}
+        seen = {"pixel_values": torch.cat([p.pixels for p in item.pictures])}
+        seen |= {"image_grid_thw": torch.stack([p.grid for p in item.pictures])}
         kinds = F.pad(item.kinds, (0, T))
         logits = build.model(input_ids=ids[None], mm_token_type_ids=kinds[None], **seen).logits[0, P - 1 : -1]
         total += F.cross_entropy(logits, ids[P:], reduction="sum").item()
