@@ -1,6 +1,6 @@
 """Prompts and box frames: from text and pictures to what a model family takes, and back from its boxes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -85,14 +85,12 @@ class Tools:
 
 @dataclass
 class Picture:
-    features: list[Tensor] | None = field(default=None, repr=False)  # (1 + deepstack) × [cells, width]
+    """An image, cut into N patches by the processor. Prompts on the same image share it, and its features."""
 
     pixels: Tensor  # [N, 3·2·patch·patch]
     grid: Tensor  # [3]: patches in t, h, w
     size: tuple[int, int]  # width and height of the image, in its own pixels
-    features: list[Tensor] | None = field(
-        default=None, repr=False
-    )  # (1 + deepstack) × [cells, width], once seen
+    features: list[Tensor] | None = None  # (1 + deepstack) × [cells, width], once it was seen
 
 
 @dataclass
