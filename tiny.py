@@ -27,7 +27,7 @@ from policy import group_mask
 from prompts import PROMPTS, BoxFrame
 from scenes import COLORS, SHAPES, SIDE, Box, Scene, Thing, draw_layout, keep_only, questions, render
 
-STAGES = {"vision": 37, "language": 12, "two images": 4}  # minutes
+STAGES = {"vision": 37, "language": 18, "two images": 4}  # minutes
 EXAMPLES = 20_000  # scenes whose image tokens are computed once
 FRAME = BoxFrame(SIDE, SIDE, 1000, 1000)
 TURNS = 8  # questions a scene is asked in one sequence

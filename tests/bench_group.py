@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from conftest import random_policy
-from PIL import Image
+from conftest import noise, random_policy
 
 from locus_mini import Config, group_advantages, update_policy
 from policy import add_lora, collate, rollout
@@ -31,7 +30,7 @@ def measure(way: str, group: int, prompt: int, length: int, repeat: int) -> dict
     policy = random_policy("qwen3_vl", width=512, layers=10, intermediate_size=2048)
     policy.stop_ids = torch.tensor([-1])  # every answer has full length
     policy = add_lora(policy, 16)
-    picture = Image.effect_noise((320, 256), 80).convert("RGB")
+    picture = noise((320, 256), 0)
     policy.tools.family.__dict__.update(image_pixels=(1, 10**9))
     item = encode(policy.tools, "x", picture)
     item = encode(policy.tools, "a b" * ((prompt - len(item.ids)) // 3), picture)

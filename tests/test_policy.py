@@ -32,7 +32,7 @@ def sampled(policy: Policy, count: int = 3, group: int = 4, seed: int = 0):
     items = prompts(policy, count)
     kept = copy.deepcopy(items)
     batch = collate(policy, items)
-    return kept, batch, rollout(policy, batch, group, 24, torch.Generator().manual_seed(seed))
+    return kept, batch, rollout(policy, batch, group, 16, torch.Generator().manual_seed(seed))
 
 
 def test_answers_differ_in_length_and_some_are_cut(policy):
@@ -133,8 +133,8 @@ def test_sampling_follows_the_distribution(policy):
 
 def test_the_same_seed_samples_the_same(policy):
     _, batch, roll = sampled(policy)
-    again = rollout(policy, batch, 4, 24, torch.Generator().manual_seed(0))
-    other = rollout(policy, batch, 4, 24, torch.Generator().manual_seed(1))
+    again = rollout(policy, batch, 4, 16, torch.Generator().manual_seed(0))
+    other = rollout(policy, batch, 4, 16, torch.Generator().manual_seed(1))
     assert torch.equal(roll.tokens, again.tokens)
     assert texts(policy, roll) != texts(policy, other)
 
