@@ -188,7 +188,7 @@ def micro_batches(cfg: Config) -> list[list[slice]]:
 
 
 def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Config) -> tuple[dict, dict]:
-    """One rollout and the optimizer steps on it. Returns the metrics and, to show, the first group."""
+    """One rollout and the optimizer steps on it. Returns the metrics and, to show, one group."""
     began = time.monotonic()
     drawn = [cues[step * cfg.prompts + i] for i in range(cfg.prompts)]
     items = [encode_cue(policy.tools, cue, cfg.source) for cue in drawn]
@@ -218,8 +218,9 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
     metrics["length"] = roll.mask.sum(-1).float().mean().item()
     metrics["truncated"] = 1 - roll.stopped.float().mean().item()
     metrics["zero_variance"] = 1 - advantages.any(1).float().mean().item()
-    shown = {"cue": drawn[0], "frame": items[0].frame, "answers": answers[0], "rewards": scored[0]}
-    shown["advantages"] = advantages[0].tolist()
+    b = int(rewards.std(1).argmax())  # the group that teaches most
+    shown = {"cue": drawn[b], "frame": items[b].frame, "answers": answers[b], "rewards": scored[b]}
+    shown["advantages"] = advantages[b].tolist()
     return metrics | {"seconds": time.monotonic() - began}, shown
 
 
@@ -269,7 +270,7 @@ def versions() -> dict[str, str]:
 
 
 def train(policy: Policy, cues: Cues, cfg: Config, folder: Path) -> dict:
-    """cfg.steps rollouts, each a line of metrics.jsonl. Returns the last first group, to draw."""
+    """cfg.steps rollouts, each a line of metrics.jsonl. Returns a group of the last one, to draw."""
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     shown: dict = {}

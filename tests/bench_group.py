@@ -33,7 +33,7 @@ def measure(way: str, group: int, prompt: int, length: int, repeat: int) -> dict
     picture = noise((320, 256), 0)
     policy.tools.family.__dict__.update(image_pixels=(1, 10**9))
     item = encode(policy.tools, "x", picture)
-    item = encode(policy.tools, "a b" * ((prompt - len(item.ids)) // 3), picture)
+    item = encode(policy.tools, "x" + "?" * (prompt - len(item.ids)), picture)  # a token each
     answers = {
         "packed": [(1, group)],
         "rows in a batch": [(group, 1)],
