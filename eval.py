@@ -26,8 +26,6 @@ from prompts import Encoded, encode, prompt_text
 from reward import Box, answer_of, format_reward, iou, parse_box
 from scenes import Question, Scene, Thing
 
-BATCH = 128  # answers decoded together
-
 
 @dataclass
 class HeldOut:
@@ -153,7 +151,7 @@ def evaluate(policy: Policy, held: HeldOut, max_new_tokens: int, what: str = "ev
 
     def ask(items: list[Encoded]) -> list[str]:
         out = []
-        for text in answer(policy, items, max_new_tokens, BATCH):
+        for text in answer(policy, items, max_new_tokens):
             out.append(text)
             bar.update()
         return out
@@ -194,11 +192,11 @@ def baselines(policy: Policy, held: HeldOut, max_new_tokens: int) -> dict[str, f
         return out
     family = policy.tools.family
     naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
-    names = [(answer_of(text) or "").strip() for text in answer(policy, naming, max_new_tokens, BATCH)]
+    names = [(answer_of(text) or "").strip() for text in answer(policy, naming, max_new_tokens)]
     prompts = [prompt_text(family, "text", text=name) for name in names]
     images = [item.pictures[0] for item in held.cue_items]
     items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-    found = zip(answer(policy, items, max_new_tokens, BATCH), items, held.cues, strict=True)
+    found = zip(answer(policy, items, max_new_tokens), items, held.cues, strict=True)
     out["name_then_find"] = mean(box_score(text, item, cue.box, cue)["iou"] for text, item, cue in found)
     out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))
     return out
