@@ -148,6 +148,13 @@ def test_features_are_computed_once_and_pixels_let_go(policy):
     assert all(a is item.pictures[0].features[0] for a, item in zip(features, items))
 
 
+def test_patches_as_one_product_are_the_convolution(policy):
+    (proj,) = (module for module in policy.whole.modules() if isinstance(module, torch.nn.Conv3d))
+    patches = torch.randn(7, proj.in_channels, *proj.kernel_size)
+    own = torch.nn.Conv3d.forward(proj, patches).flatten(1)
+    assert own.std() > 0.01 and torch.allclose(proj(patches), own, atol=1e-5)
+
+
 def test_reference_is_the_model_without_adapter():
     policy = random_policy("qwen3_vl")
     torch.manual_seed(0)
