@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError
-from eval import HeldOut, Scores, paired
+from heldout import HeldOut, Scores, paired
 from policy import Policy, collate, rollout, texts, token_logps
 from prompts import Encoded, box_frame
 from reward import iou, reward
@@ -77,9 +77,11 @@ def check_frame(policy: Policy, held: HeldOut, scores: Scores) -> None:
         frame = box_frame(
             other, *cue.image.size, item.pictures[0].grid, policy.tools.image_processor.patch_size
         )
+        if score is None:
+            continue
         better.append((iou(frame.to_pixels(item.frame.to_units(box)), cue.box) if box else 0.0) - score)
     gain = paired([0.0] * len(better), better)
-    if gain["change"] > 2 * gain["standard_error"]:
+    if gain["n"] > 1 and gain["change"] > 2 * gain["standard_error"]:
         raise UserError(
             f"The answered boxes fit the frame {other} better than {own} (IoU {gain['change']:+.3f}): "
             f"give --box-frame {other}."

@@ -253,7 +253,7 @@ def encode_cue(tools: Tools, cue: Cue, source: str) -> Encoded:
     """The training prompt of a cue: image and crop, or for the text cue (Table 5) image and description."""
     if source == "text":
         return encode(tools, prompt_text(tools.family, "text", text=cue.text), cue.image)
-    return encode(tools, prompt_text(tools.family, "cue"), cue.image, cue.crop)
+    return encode(tools, prompt_text(tools.family, "cue"), cue.image, crop=cue.crop)
 
 
 def contact_sheet(cues: Cues, n: int) -> Image.Image:

@@ -1,319 +1,256 @@
-"""Before and after: what a model finds and answers on held-out pictures it was not trained on.
+"""Before and after: what a model finds, answers and looks at, on pictures that it was not trained on.
 
-    python eval.py scenes [--model tiny] [--adapter runs/NAME/adapter] [--n 1000] [--card]
+    python eval.py scenes [--adapter runs/NAME/adapter] [--card]     every table, on the embedded world
+    python eval.py cues --data coco --annotations FILE --images DIR  cue search on held-out photos
+    python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (benchmarks.py)
+    python eval.py ask IMAGE QUESTION [--adapter …]                  both answers, and where each model looks
 
-Four tasks on one set of scenes: cue search (with a crop, what LOCUS trains), finding by text, questions about
-attributes and questions about places. The last three see one ordinary full image and no crop. Questions are
-asked a second time with everything but their evidence blacked out (context suppression, the paper's Table 1).
+With an adapter, base and adapted model answer the same prompts in one load: the adapter is off, then on. What
+was answered stands in answers.jsonl, batch by batch, so a run that was killed goes on where it stopped.
 """
 
 import argparse
 import json
-import math
 import random
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+import torch
 
-import scenes
-from data import Cue, CueConfig, Cues, SceneCues, UserError, encode_cue
-from pictures import draw_cues
-from policy import Policy, answer, load_adapter, load_policy, model_folder
-from prompts import Encoded, encode, prompt_text
-from reward import Box, answer_of, format_reward, iou, parse_box
-from scenes import Question, Scene, Thing
+from analyses import BANDS, add_grounding, add_looking, attention_maps, begin_answer, box_ious, look
+from benchmarks import BENCHMARKS, Sample, aggregate, judge, read_samples
+from card import card
+from data import SOURCES, CueConfig, SceneCues, UserError, load_image, open_cues
+from heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
+from journal import Run, open_run
+from pictures import draw_cues, draw_looking
+from policy import load_adapter, load_policy, model_folder
+from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
+from scenes import Question, keep_only, render
 
-
-@dataclass
-class HeldOut:
-    """Prompts with what decides them; the same objects are asked before and after training."""
-
-    cues: list[Cue]
-    cue_items: list[Encoded]
-    find_items: list[Encoded]  # empty, as are the questions, where the cues have no scene to be right about
-    asked: list[tuple[Scene, Question]]
-    question_items: list[Encoded]
-    suppressed_items: list[Encoded]  # the same questions, everything but the evidence black
-
-
-def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut:
-    """n held-out cues; of scenes also n findings by text and 2·n questions, half of them about places.
-
-    alone: only questions whose evidence shares none of its image tokens with another thing.
-    """
-    tools, out = policy.tools, HeldOut([], [], [], [], [], [])
-    missing, index = {"attribute": n, "place": n}, 0
-    bar = tqdm(total=n, desc="held-out samples", leave=False)
-    while len(out.cues) < n or any(missing.values()):
-        cue, rng = cues[index], random.Random(index)
-        image = cue.image
-        index += 1
-        if len(out.cues) < n:
-            bar.update()
-            out.cues.append(cue)
-            out.cue_items.append(item := encode_cue(tools, cue, "object"))
-            image = item.pictures[0]  # processed and seen once for all that is asked about it
-            if cue.scene is not None:
-                find = prompt_text(tools.family, "text", text=cue.text)
-                out.find_items.append(encode(tools, find, image))
-        if cue.scene is None:
-            missing = {}
-            continue
-        possible = [q for q in scenes.questions(cue.scene) if missing[q.kind]]
-        if alone:
-            possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.box)]
-        rng.shuffle(possible)
-        for q in {q.kind: q for q in possible}.values():
-            out.asked.append((cue.scene, q))
-            out.question_items.append(encode(tools, q.text, image))
-            out.suppressed_items.append(encode(tools, q.text, scenes.keep_only(cue.image, q.box)))
-            missing[q.kind] -= 1
-    bar.close()
-    return out
+TABLE = {
+    "right, asked directly": "direct",
+    "right, asked to think": "think",
+    "right, suppressed": "black",
+} | ROWS
+TABLE |= {f"answers at base's {band}": band for band in BANDS}
+TABLE |= {"found (IoU ≥ 0.5)": "found", "found but misread": "misread", "not found and wrong": "not found"}
+TABLE |= {"Attention-in-Box": "aib", "  by chance": "chance", "Peak-in-Box": "peak"}
 
 
-# ---------------------------------------------------------------- scores of samples, and their summaries
+def heat_map(run: Run, titles: list, images: list, items: list, boxes: list) -> None:
+    """Where each model looks, base beside adapted, as attention.png."""
+    maps = []
+    try:
+        for _, switch in run.sides:
+            with switch():
+                maps.append([attention_maps(run.policy, [item])[0].mean(0) for item in items])
+    except torch.OutOfMemoryError:
+        print("The memory is too small for attention.png: give a smaller picture.", file=sys.stderr)
+        return
+    draw_looking(list(zip(titles, images, boxes, zip(*maps), strict=True)), run.folder / "attention.png")
 
 
-def thing_of(cue: Cue) -> Thing:
-    """The thing that a scene's cue window is about."""
-    return max(cue.scene.things, key=lambda thing: iou(thing.box, cue.box))
+# ---------------------------------------------------------------- the embedded world
 
 
-def box_score(text: str, item: Encoded, true_box: Box, cue: Cue) -> dict[str, float]:
-    """IoU of an answered box with the true one, whether it parses and has the format, and whether it is on
-    the right thing: the one of all the scene's things that it overlaps most."""
-    score = {"iou": 0.0, "parsed": 0.0, "format": format_reward(text), "right": 0.0}
-    answered = parse_box(text)
-    if answered is not None:
-        pixels = item.frame.to_pixels(answered)
-        score |= {"iou": iou(pixels, true_box), "parsed": 1.0}
-        if cue.scene is not None:
-            overlap, thing = max(
-                ((iou(t.box, pixels), t) for t in cue.scene.things), key=lambda pair: pair[0]
-            )
-            score["right"] = float(overlap > 0 and thing == thing_of(cue))
-    return score
+def beginning(question: Question) -> str:
+    """What the embedded model writes before the first token of its answer that hangs on the evidence."""
+    color, shape = question.name.split()
+    given = {"What shape": color, "What color": shape}.get(question.text[:10], f"{question.name}[")
+    return f"<think> {given}"
 
 
-def cue_summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    means = {name: mean(row[name] for row in rows) for name in rows[0]}
-    out = {"mean_iou": means["iou"], "mean_iou_parsed": mean(row["iou"] for row in rows if row["parsed"])}
-    out |= {f"acc{t}": mean(row["iou"] >= t / 100 for row in rows) for t in (50, 75)}
-    out |= {"right_object": means["right"], "parse_rate": means["parsed"], "format": means["format"]}
-    return out | {"n": len(rows)}
+def scenes_task(run: Run) -> dict[str, Any]:
+    """Cue search, finding, questions, suppression, grounding and attention on scenes."""
+    policy, tools = run.policy, run.policy.tools
+    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), run.args.n or 1000)
+    asked, boxes = [q for _, q in held.asked], [[q.box] for _, q in held.asked]
+    finds, begun = [], []
+    for item, q in zip(held.question_items, asked, strict=True):
+        finds.append(encode(tools, prompt_text(tools.family, "text", text=q.name), item.pictures[0]))
+        begun.append(begin_answer(tools, item, beginning(q)))
+    scored, results, (longest, batch) = [], {}, run.ways()
+    for side, switch in run.sides:
+        with switch():
+            scored.append(scores := evaluate(policy, held, longest, side, run.known, batch))
+            ious = box_ious(run.ask(f"{side}/grounding", finds), [b for (b,) in boxes])
+            add_grounding(scores, ious, scores.samples["questions"], scored[0])
+            add_looking(scores, look(policy, run.known, f"{side}/looks", begun, boxes, batch))
+        results[side] = scores.summary
+    draw_cues(held.cues, *([s.boxes for s in scored] + [None])[:2], run.folder / "before_after.png")
+    images = [render(scene) for scene, _ in held.asked[:4]]
+    heat_map(run, [q.text for q in asked[:4]], images, begun[:4], boxes[:4])
+    with policy.reference():
+        results["baselines"] = baselines(policy, held, longest)
+    return finish(run, scored, results)
 
 
-def question_summary(right: list[float], asked: list[tuple[Scene, Question]]) -> dict:
-    """Accuracy in all, by number of things in the scene, by size of the evidence and by kind of question."""
-    groups: dict[str, dict[str, list[float]]] = {k: defaultdict(list) for k in ("objects", "size", "kind")}
-    for hit, (scene, question) in zip(right, asked, strict=True):
-        side = question.box[2] - question.box[0]
-        groups["objects"][str(len(scene.things))].append(hit)
-        groups["size"]["tiny" if side <= scenes.TINY_SIDES[1] else "small"].append(hit)
-        groups["kind"][question.kind].append(hit)
-    by = {f"by_{name}": {k: mean(group[k]) for k in sorted(group)} for name, group in groups.items()}
-    return {"accuracy": mean(right), "n": len(right)} | by
+def finish(run: Run, scored: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
+    """The table on the screen, and for two models the change of every list of samples."""
+    print(table(*scored, rows=TABLE))
+    return results | ({"change": compare(*scored)} if len(scored) > 1 else {})
 
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
+# ---------------------------------------------------------------- photos: cue search, benchmarks, one's own
 
 
-def paired(before: list[float], after: list[float]) -> dict[str, float]:
-    """Mean change of the same samples, and its standard error."""
-    change = [b - a for a, b in zip(before, after, strict=True)]
-    middle = mean(change)
-    variance = sum((c - middle) ** 2 for c in change) / max(1, len(change) - 1)
-    return {"change": middle, "standard_error": math.sqrt(variance / max(1, len(change)))}
+def cues_task(run: Run) -> dict[str, Any]:
+    """Cue search on held-out photos (Table 10), in all and by size class."""
+    files = {name: getattr(run.args, name) for name in ("annotations", "images", "exclude")}
+    cues = open_cues(run.args.data, "heldout", 0, CueConfig(run.args.source), **files)
+    held, results, scored = held_out(run.policy, cues, run.args.n or 500), {}, []
+    longest, batch = run.ways()
+    for side, switch in run.sides:
+        with switch():
+            scored.append(evaluate(run.policy, held, longest, side, run.known, batch))
+        results[side] = scored[-1].summary
+    draw_cues(held.cues, *([s.boxes for s in scored] + [None])[:2], run.folder / "before_after.png")
+    return finish(run, scored, results)
 
 
-# ---------------------------------------------------------------- a model on the held-out set
+def benchmark_prompt(sample: Sample, tools: Tools, think: bool = False, suppressed: bool = False) -> Encoded:
+    """A benchmark's question; suppressed: with everything but the evidence black (Table 1)."""
+    images = [keep_only(im, *sample.boxes) if suppressed else im for im in sample.images()]
+    if sample.kind == "box":
+        return encode(tools, prompt_text(tools.family, "text", think, text=sample.question), *images)
+    options = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
+    kind = "string" if sample.kind == "choice" and not options else sample.kind
+    text = prompt_text(tools.family, kind, think, question=sample.question, options=options)
+    return encode(tools, text, *images)
 
 
-@dataclass
-class Scores:
-    """A model's scores: `summary` as in results.json, `samples` one by one, `boxes` of cues in pixels."""
-
-    summary: dict
-    samples: dict[str, list[float]]
-    boxes: list[Box | None]
-
-
-def evaluate(policy: Policy, held: HeldOut, max_new_tokens: int, what: str = "evaluation") -> Scores:
-    """Greedy answers to all held-out prompts, by the rollout's own loop, and their scores."""
-    total = len(held.cues) + len(held.find_items) + 2 * len(held.asked)
-    bar = tqdm(total=total, desc=what, leave=False)
-
-    def ask(items: list[Encoded]) -> list[str]:
-        out = []
-        for text in answer(policy, items, max_new_tokens):
-            out.append(text)
-            bar.update()
-        return out
-
-    texts = ask(held.cue_items)
-    rows = [box_score(t, i, c.box, c) for t, i, c in zip(texts, held.cue_items, held.cues, strict=True)]
-    summary, samples = {"cue": cue_summary(rows)}, {"cue": [row["iou"] for row in rows]}
-    boxes = [parse_box(text) for text in texts]
-    boxes = [b and item.frame.to_pixels(b) for b, item in zip(boxes, held.cue_items, strict=True)]
-    if held.find_items:
-        pairs = zip(ask(held.find_items), held.find_items, held.cues, strict=True)
-        rows = [box_score(text, item, thing_of(cue).box, cue) for text, item, cue in pairs]
-        samples |= {"find": [row["iou"] for row in rows], "find_right": [row["right"] for row in rows]}
-        summary["find"] = {"mean_iou": mean(samples["find"]), "right_object": mean(samples["find_right"])}
-        summary["find"]["n"] = len(rows)
-    asked = {"questions": held.question_items, "suppressed": held.suppressed_items}
-    for name, items in asked.items() if held.asked else ():
-        pairs = zip(ask(items), held.asked, strict=True)
-        samples[name] = [float((answer_of(text) or "").strip() == q.answer) for text, (_, q) in pairs]
-        summary[name] = question_summary(samples[name], held.asked)
-        for kind in ("attribute", "place"):
-            samples[f"{name}_{kind}"] = [h for h, (_, q) in zip(samples[name], held.asked) if q.kind == kind]
-    bar.close()
-    return Scores(summary, samples, boxes)
+def benchmark_task(run: Run) -> dict[str, Any]:
+    """A published benchmark, by the same prompts before and after, with and without the think instruction."""
+    task, samples = run.args.task, list(read_samples(run.args.task, Path(run.args.data)))
+    if run.args.n is not None and run.args.n < len(samples):  # of all parts of the file alike
+        samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), run.args.n))]
+    thinks = PROMPTS[run.tools.family.prompts]["think"] != ""
+    scored, results = [], {}
+    for side, switch in run.sides:
+        scored.append(scores := Scores({}, {}, []))
+        with switch():
+            for style in ("direct", "think") if thinks else ("direct",):
+                prompts = Made(partial(benchmark_prompt, tools=run.tools, think=style == "think"), samples)
+                said = run.ask(f"{side}/{style}", prompts, [s.id for s in samples], benchmark=True)
+                add_judged(scores, style, task, samples, said)
+            if any(sample.boxes for sample in samples) and samples[0].kind == "choice":
+                add_evidence(run, side, samples, scored)
+        results[side] = scores.summary
+    for style in ("direct", "think") if thinks else ("direct",):
+        figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in scored)
+        rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
+        print(f"{task}, {style}: {figures}{rule}")
+    if thinks and len(scored) > 1:  # the paper's pairing: the instruction comes with training
+        pairing = (scored[0].samples["direct"], scored[1].samples["think"], scored[0].groups.get("direct"))
+        results["direct to think"] = paired(*pairing)
+    return finish(run, scored, results)
 
 
-def baselines(policy: Policy, held: HeldOut, max_new_tokens: int) -> dict[str, float]:
-    """Mean IoU of cue search without searching: the whole image, a box in the centre of the mean cue's size,
-    and the untrained model's own two steps: name the crop, then find by that name."""
-    side = mean(math.sqrt((c.box[2] - c.box[0]) * (c.box[3] - c.box[1])) for c in held.cues) / 2
-    whole, centre = [], []
-    for cue in held.cues:
-        w, h = cue.image.size
-        whole.append(iou((0, 0, w, h), cue.box))
-        centre.append(iou((w / 2 - side, h / 2 - side, w / 2 + side, h / 2 + side), cue.box))
-    out = {"whole_image": mean(whole), "centre_box": mean(centre)}
-    if not held.find_items:
-        return out
-    family = policy.tools.family
-    naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
-    names = [(answer_of(text) or "").strip() for text in answer(policy, naming, max_new_tokens)]
-    prompts = [prompt_text(family, "text", text=name) for name in names]
-    images = [item.pictures[0] for item in held.cue_items]
-    items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-    found = zip(answer(policy, items, max_new_tokens), items, held.cues, strict=True)
-    out["name_then_find"] = mean(box_score(text, item, cue.box, cue)["iou"] for text, item, cue in found)
-    out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))
-    return out
+def add_judged(scores: Scores, name: str, task: str, samples: list[Sample], said: list) -> None:
+    """Judged replies into a model's scores; where memory ran out is an error, not a wrong answer."""
+    rows = []
+    for sample, (text, frame) in zip(samples, said, strict=True):
+        about = {"fields": sample.fields, "answer": sample.answer}
+        rows.append(None if text is None else judge(sample, text, frame) | about)
+    there = [row for row in rows if row is not None]
+    scores.samples[name] = [row and row["right"] for row in rows]
+    if "cycle_category" in BENCHMARKS[task].over:  # HR-Bench asks each question in several orders
+        scores.groups[name] = [sample.question for sample in samples]
+    scores.summary[name] = (aggregate(task, there) if there else {}) | {"errors": len(rows) - len(there)}
 
 
-# ---------------------------------------------------------------- tables
+def add_evidence(run: Run, side: str, samples: list[Sample], scored: list[Scores]) -> None:
+    """Where a benchmark has the boxes of its evidence: suppression, attention, grounding of one object."""
+    scores, tools, shown = scored[-1], run.tools, [sample for sample in samples if sample.boxes]
+    right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
+    black = Made(partial(benchmark_prompt, tools=tools, suppressed=True), shown)
+    said = run.ask(f"{side}/suppressed", black, [s.id for s in shown], benchmark=True)
+    add_judged(scores, "black", run.args.task, shown, said)
+    direct = Made(partial(benchmark_prompt, tools=tools), shown)
+    boxes = [sample.boxes for sample in shown]
+    add_looking(scores, look(run.policy, run.known, f"{side}/looks", direct, boxes, 1))
+    single = [sample for sample in shown if len(sample.boxes) == 1 and sample.target]
+    find = partial(prompt_text, tools.family, "text", False)
+    finds = Made(lambda sample: encode(tools, find(text=sample.target), *sample.images()), single)
+    said = run.ask(f"{side}/grounding", finds, [s.id for s in single])
+    add_grounding(
+        scores, box_ious(said, [s.boxes[0] for s in single]), [right[s.id] for s in single], scored[0]
+    )
 
-ROWS = {  # row of the table: list of samples
-    "cue search (IoU)": "cue",
-    "find by text (IoU)": "find",
-    "find by text (right thing)": "find_right",
-    "questions": "questions",
-    "  about attributes": "questions_attribute",
-    "  about places": "questions_place",
-    "questions, suppressed": "suppressed",
-}
 
-
-def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
-    """Change and paired standard error of every list of samples."""
-    return {name: paired(before.samples[name], after.samples[name]) for name in before.samples}
-
-
-def table(before: Scores, after: Scores | None = None) -> str:
-    """The before/after table, in points of 100 with the paired standard error."""
-    lines = [f"{'held-out':28}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
-    for title, name in ROWS.items():
-        if name in before.samples:
-            values = before.samples[name]
-            lines.append(f"{title:28}{len(values):6}{100 * mean(values):9.1f}")
-            if after:
-                change, error = (100 * v for v in paired(values, after.samples[name]).values())
-                lines[-1] += f"{100 * mean(after.samples[name]):9.1f}{change:+10.1f} ± {error:.1f}"
-    for key in ("right_object", "parse_rate", "format"):
-        both = [scores.summary["cue"] for scores in (before, after) if scores]
-        numbers = "".join(f"{100 * cue[key]:9.1f}" for cue in both)
-        lines.append(f"{'cue search, ' + key.replace('_', ' '):28}{both[0]['n']:6}{numbers}")
-    return "\n".join(lines)
+def ask_task(run: Run) -> dict[str, Any]:
+    """A question on a picture of one's own: both answers, and a heat-map of where each model looks."""
+    image = load_image(run.args.image)
+    if image is None:
+        raise UserError(
+            f"{run.args.image} is no picture that can be read: give a PNG, JPEG, WebP or BMP file."
+        )
+    item, results = encode(run.tools, run.args.question, image), {}
+    for side, switch in run.sides:
+        with switch():
+            ((results[side], _),) = run.ask(side, [item], benchmark=True)
+        print(f"{side:>8}: {results[side] or 'the memory is too small for this picture'}")
+    heat_map(run, [run.args.question], [image], [item], [[]])
+    return results
 
 
 # ---------------------------------------------------------------- command line
 
-CARD_SCENES = {  # row of the card: things in a scene, is the evidence alone in its cells
-    "1 thing": ((1, 1), False),
-    "2–3 things": ((2, 3), False),
-    "4–8 things": ((4, 8), False),
-    "12–16 things": ((12, 16), False),
-    "16 things": ((16, 16), False),
-    "16 things, evidence alone in its image tokens": ((16, 16), True),
-}
+TASKS: dict[str, Callable[[Run], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
+TASKS |= dict.fromkeys(BENCHMARKS, benchmark_task)
 
 
-def card(policy: Policy, folder: Path, n: int) -> None:
-    """Visual context rot of the embedded model, measured and written into its model card."""
-    lines = [
-        "| scenes | attributes | suppressed | places | suppressed | find by text, IoU | cue search, IoU |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    measured = {}
-    for name, (things, alone) in CARD_SCENES.items():
-        cues = SceneCues(CueConfig(), "heldout", 1, things)
-        held = held_out(policy, cues, n, alone=alone)
-        scores = evaluate(policy, held, policy.tools.family.max_new_tokens, name)
-        named = baselines(policy, held, policy.tools.family.max_new_tokens)["crop_named_right"]
-        s = measured[name] = scores.summary | {"crop_named_right": named}
-        kinds, black = s["questions"]["by_kind"], s["suppressed"]["by_kind"]
-        shown = (kinds["attribute"], black["attribute"], kinds["place"], black["place"])
-        shown += (s["find"]["mean_iou"], s["cue"]["mean_iou"])
-        lines.append(f"| {name} | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |")
-        print(lines[-1])
-    named = measured["4–8 things"]["crop_named_right"]
-    lines.append(
-        f"\nCrops named right (4–8 things): {100 * named:.1f} %. Every cell: n = {n:,}; held-out scenes."
-    )
-    (folder / "card.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    readme = folder / "README.md"
-    head, start, rest = readme.read_text(encoding="utf-8").partition("<!-- measured -->")
-    tail = rest.partition("<!-- /measured -->")[2]
-    body = "\n".join(["", *lines, "<!-- /measured -->"])
-    readme.write_text(head + start + body + tail, encoding="utf-8")
+def read_flags() -> argparse.Namespace:
+    ways = dict(formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, **ways)
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("image", type=Path, nargs="?", help="of ask")
+    parser.add_argument("question", nargs="?", help="of ask")
+    parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
+    parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
+    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default where CUDA is")
+    parser.add_argument("--box-frame", choices=("resized", "relative1000"), help="of the model's boxes")
+    parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
+    for name in ("annotations", "images", "exclude"):
+        parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
+    parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
+    parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
+    parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
+    parser.add_argument("--card", action="store_true", help="measure the embedded model and write its card")
+    return parser.parse_args()
+
+
+def run_task(args: argparse.Namespace) -> None:
+    for name in ("n", "max_new_tokens", "batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
+    if args.task == "ask" and args.question is None:
+        raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
+    if args.task not in ("scenes", "ask") and args.data is None:
+        raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
+    policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
+    if args.card:
+        card(policy, Path(model_folder(args.model)), args.n or 1000)
+        return
+    run = open_run(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
+    results = TASKS[args.task](run)
+    (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"results are in {run.folder}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("task", choices=["scenes"])
-    parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
-    parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
-    parser.add_argument("--n", type=int, default=1000, help="held-out cues; twice as many questions")
-    parser.add_argument("--out", type=Path, help="folder for results.json and before_after.png")
-    parser.add_argument("--card", action="store_true", help="measure the embedded model and write its card")
-    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a Windows file of old has no ≥
     try:
-        run(args)
+        run_task(read_flags())
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.n < 1:
-        raise UserError(f"--n {args.n} is no number of samples; give 1 or more.")
-    policy = load_policy(args.model)
-    if args.card:
-        card(policy, Path(model_folder(args.model)), args.n)
-        return
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), args.n)
-    longest = policy.tools.family.max_new_tokens
-    before, after = evaluate(policy, held, longest, "before"), None
-    results = {"before": before.summary, "baselines": baselines(policy, held, longest)}
-    if args.adapter is not None:
-        after = evaluate(load_adapter(policy, args.adapter), held, longest, "after")
-        results |= {"after": after.summary, "change": compare(before, after)}
-    print(table(before, after))
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        draw_cues(held.cues, before.boxes, after and after.boxes, args.out / "before_after.png")
 
 
 if __name__ == "__main__":

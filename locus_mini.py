@@ -24,12 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import check
-import eval as evaluation
+import heldout
 import pictures
 from data import SOURCES, CueConfig, Cues, UserError, encode_cue, open_cues
 from policy import Policy, add_lora, collate, load_policy, rollout, texts, token_logps
 from reward import reward
 
+FORMAT = argparse.RawTextHelpFormatter
 LOSSES = ("token_mean", "grpo", "dr_grpo")
 
 
@@ -52,7 +53,7 @@ class Config:
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card in a weekend", ("", "paper", "qlora"))
-    steps: int = setting(180, "rollouts; paper: about 400 optimizer steps")
+    steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
     prompts: int | None = setting(None, "prompts a rollout; paper: 512", low=1)
     group: int = setting(8, "answers a prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
@@ -212,9 +213,9 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
         optimizer.param_groups[0]["lr"] = lr
         found.append(update_policy(policy, optimizer, share, cfg))
     flat = [r for row in scored for r in row]
-    metrics = {"step": step, "reward": rewards.mean().item(), "iou": evaluation.mean(r.iou for r in flat)}
-    metrics |= {"format": evaluation.mean(r.format for r in flat), "lr": lr}
-    metrics |= {name: evaluation.mean(f[name] for f in found) for name in found[0]}
+    metrics = {"step": step, "reward": rewards.mean().item(), "iou": heldout.mean(r.iou for r in flat)}
+    metrics |= {"format": heldout.mean(r.format for r in flat), "lr": lr}
+    metrics |= {name: heldout.mean(f[name] for f in found) for name in found[0]}
     metrics["length"] = roll.mask.sum(-1).float().mean().item()
     metrics["truncated"] = 1 - roll.stopped.float().mean().item()
     metrics["zero_variance"] = 1 - advantages.any(1).float().mean().item()
@@ -310,30 +311,30 @@ def run(flags: dict[str, Any]) -> None:
     first = [encode_cue(policy.tools, cues[i], cfg.source) for i in range(min(4, cfg.prompts))]
     checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
-    held = evaluation.held_out(policy, unseen, cfg.eval_cues)
-    before = evaluation.evaluate(policy, held, cfg.max_new_tokens, "before")
+    held = heldout.held_out(policy, unseen, cfg.eval_cues)
+    before = heldout.evaluate(policy, held, cfg.max_new_tokens, "before")
     check.check_frame(policy, held, before)
-    floor = evaluation.baselines(policy, held, cfg.max_new_tokens)
+    floor = heldout.baselines(policy, held, cfg.max_new_tokens)
     training = time.monotonic()
     shown = train(policy, cues, cfg, folder)
     training = time.monotonic() - training
     policy.model.save_pretrained(folder / "adapter")
-    after = evaluation.evaluate(policy, held, cfg.max_new_tokens, "after")
+    after = heldout.evaluate(policy, held, cfg.max_new_tokens, "after")
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
     if shown:
         pictures.draw_group(shown, folder / "group.png")
-    results = {"before": before.summary, "after": after.summary, "change": evaluation.compare(before, after)}
+    results = {"before": before.summary, "after": after.summary, "change": heldout.compare(before, after)}
     results |= {"baselines": floor, "self_check": checked, "seed": cfg.seed, "settings": asdict(cfg)}
     results["seconds"] = {"training": round(training, 1), "all": round(time.monotonic() - began, 1)}
     write_json(folder / "results.json", results)
-    print(evaluation.table(before, after))
+    print(heldout.table(before, after))
     print("cue search without searching (IoU): " + ", ".join(f"{k} {100 * v:.1f}" for k, v in floor.items()))
     print(f"{results['seconds']['all']:.0f} seconds; adapter, results.json and pictures are in {folder}")
 
 
 def read_flags(arguments: list[str] | None = None) -> dict[str, Any]:
     """The flags that were given, by the name of their field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMAT, allow_abbrev=False)
     for f in fields(Config):
         note = f.metadata["note"] + ("" if f.default is None else f" (default {f.default})")
         ways: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}

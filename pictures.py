@@ -1,8 +1,11 @@
 """Pictures of cues, of boxes before and after training, and of one group: people look before they read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from data import Cue
 from reward import Box, iou, parse_box
@@ -14,13 +17,14 @@ def draw_box(draw: ImageDraw.ImageDraw, box: Box | None, zoom: float, color: str
         draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=color, width=width)
 
 
-def draw_cues(cues: list[Cue], before: list, after: list | None, path: Path, n: int = 8) -> None:
+def draw_cues(cues: Sequence[Cue], before: list, after: list | None, path: Path, n: int = 8) -> None:
     """Cues with the true box (white), the box before (red) and after training (green); the crop below."""
     side = 320
     columns = 4
     tile, crop = (side, side + 72), 64
     sheet = Image.new("RGB", (columns * tile[0], -(-n // columns) * tile[1]), "white")
-    for i, cue in enumerate(cues[:n]):
+    for i in range(min(n, len(cues))):
+        cue = cues[i]
         zoom = side / max(cue.image.size)
         picture = cue.image.resize([round(v * zoom) for v in cue.image.size], Image.Resampling.BICUBIC)
         draw = ImageDraw.Draw(picture)
@@ -59,4 +63,31 @@ def draw_group(shown: dict, path: Path) -> None:
         draw.rectangle((side + 12, y + 2, side + 28, y + 18), fill=color)
         text = f"reward {shown['rewards'][g].total:.2f}  A {shown['advantages'][g]:+.2f}"
         draw.text((side + 38, y), text, "black", font_size=16)
+    sheet.save(path)
+
+
+def draw_looking(rows: list[tuple[str, Image.Image, list[Box], list[Tensor]]], path: Path) -> None:
+    """Heat-maps: a row for each (title, image, boxes in its pixels, layer-averaged maps [rows, columns]).
+
+    All maps of a row, before and after, share one scale; the lower 60 % of their values are transparent.
+    """
+    side, gap = 320, 24
+    sheet = Image.new(
+        "RGB", ((1 + max(len(maps) for *_, maps in rows)) * side, len(rows) * (side + gap)), "white"
+    )
+    for line, (title, image, boxes, maps) in enumerate(rows):
+        zoom, y = side / max(image.size), line * (side + gap) + gap
+        plain = image.resize([max(1, round(v * zoom)) for v in image.size], Image.Resampling.BICUBIC)
+        values = torch.cat([layer.flatten() for layer in maps])
+        low, high = values.quantile(0.6).item(), values.max().item()
+        ImageDraw.Draw(sheet).text((4, y - gap + 4), title, "black", font_size=15)
+        for column, layer in enumerate([None, *maps]):
+            tile = plain.copy()
+            if layer is not None:
+                strength = (255 * (layer - low) / (high - low + 1e-12)).clamp(0, 255)  # [rows, columns]
+                alpha = Image.fromarray(strength.byte().numpy()).resize(plain.size, Image.Resampling.BILINEAR)
+                tile.paste(Image.new("RGB", plain.size, "#ff2000"), mask=alpha.point(lambda v: v * 0.8))
+            for box in boxes:
+                draw_box(ImageDraw.Draw(tile), box, zoom, "white")
+            sheet.paste(tile, (column * side, y))
     sheet.save(path)

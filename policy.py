@@ -5,7 +5,6 @@ row, in the rollout and in every later pass: `[prompt | the tokens of all G answ
 answer see the prompt and itself, and positions start again after the prompt for every answer.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import UserError
-from prompts import FAMILIES, Encoded, Tools
+from prompts import FAMILIES, Encoded, Tools, opening
 
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
 
@@ -84,7 +83,7 @@ def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None =
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its repacked weights would pass no gradient on
             module.support_avx512bf16_for_cpu = False
-    tools.family = replace(family, box_frame=frame or family.box_frame)
+    tools.family = replace(family, box_frame=frame or family.box_frame, opening=opening(tokenizer))
     return make_policy(model.eval().requires_grad_(False), tools, device)
 
 
@@ -117,7 +116,11 @@ def load_adapter(policy: Policy, folder: Path) -> Policy:
     """The policy with a trained adapter from a folder in PEFT's format."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"--adapter {folder} holds no adapter_config.json: give the adapter folder of a run.")
-    return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
+    try:
+        return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
+    except (OSError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--adapter {folder} does not fit the model ({why}): give its own --model.") from None
 
 
 # ---------------------------------------------------------------- prompts in a batch
@@ -252,13 +255,6 @@ def texts(policy: Policy, roll: Rollout) -> list[list[str]]:
     opening, decode = policy.tools.family.opening, policy.tools.tokenizer.decode
     rows = zip(roll.tokens.cpu(), roll.mask.cpu(), strict=True)
     return [[opening + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
-
-
-def answer(policy: Policy, items: list[Encoded], max_new_tokens: int, batch: int = 128) -> Iterator[str]:
-    """Greedy answers in the order of the prompts."""
-    for i in range(0, len(items), batch):
-        roll = rollout(policy, collate(policy, items[i : i + batch]), 1, max_new_tokens)
-        yield from (text for (text,) in texts(policy, roll))
 
 
 # ---------------------------------------------------------------- scoring a group in one pass

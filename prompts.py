@@ -43,16 +43,20 @@ PROMPTS = {
         "cue": "Image 2 is a crop of Image 1. Give its box in Image 1 as [x1, y1, x2, y2] in {units}.",
         "text": "Find in the image: {text}. Give its box as [x1, y1, x2, y2] in {units}.",
         "name": "Name what the second image, a crop of the first, shows, in a few words.",
+        "choice": "{question}\n{options}\nAnswer with the letter of the right option.",
+        "yesno": "{question} Answer yes or no.",
+        "string": "{question}",
         "think": " First reason inside <think> </think>, then answer inside <answer> </answer>.",
     },
-    "short": dict(cue="Find Image 2 in Image 1.", text="Find the {text}.", name="What is Image 2?", think=""),
+    "short": dict(cue="Find Image 2 in Image 1.", text="Find the {text}.", name="What is Image 2?", think="")
+    | dict.fromkeys(("choice", "yesno", "string"), "{question}"),
 }
 UNITS = {"resized": "pixel coordinates", "relative1000": "coordinates from 0 to 1000"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model families; one row of FAMILIES, and any of it can be set by a flag."""
+    """What differs between model families: one row of FAMILIES. A flag, where there is one, wins."""
 
     box_frame: str  # resized | relative1000
     prompts: str  # key of PROMPTS
@@ -99,14 +103,16 @@ class Encoded:
 
     ids: Tensor  # [P]
     kinds: Tensor  # [P]: 1 where an image token stands (mm_token_type_ids), else 0
-    pictures: list[Picture]  # the full image, and the crop if there is one
-    frame: BoxFrame  # of the full image
+    pictures: list[Picture]  # the full image or images, and the crop if there is one
+    frame: BoxFrame  # of the (first) full image
 
 
-def encode(tools: Tools, text: str, image: Image.Image | Picture, crop: Image.Image | Picture | None = None):
-    """A prompt of the full image, the crop if there is one, and the text, in the family's chat template."""
+def encode(
+    tools: Tools, text: str, *images: Image.Image | Picture, crop: Image.Image | Picture | None = None
+):
+    """A prompt of full images, the crop if there is one, and the text, in the family's chat template."""
     processor, family, pictures = tools.image_processor, tools.family, []
-    for picture, (low, high) in ((image, family.image_pixels), (crop, family.crop_pixels)):
+    for picture, (low, high) in [(i, family.image_pixels) for i in images] + [(crop, family.crop_pixels)]:
         if isinstance(picture, Image.Image):
             size = {"shortest_edge": low, "longest_edge": high}
             seen = processor(picture, size=size, return_tensors="pt")
@@ -124,6 +130,13 @@ def encode(tools: Tools, text: str, image: Image.Image | Picture, crop: Image.Im
     return Encoded(
         ids, kinds, pictures, box_frame(family.box_frame, *full.size, full.grid, processor.patch_size)
     )
+
+
+def opening(tokenizer: Any) -> str:
+    """What the chat template itself writes of an answer: "<think>" and a line break, if the model thinks."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
 
 
 def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:

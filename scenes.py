@@ -139,11 +139,12 @@ STAR = (
 )  # fmt: skip
 
 
-def keep_only(image: Image.Image, box: Box) -> Image.Image:
-    """Context suppression (the paper's Table 1): black outside `box`, canvas and scale unchanged."""
+def keep_only(image: Image.Image, *boxes: Box) -> Image.Image:
+    """Context suppression (the paper's Table 1): black outside the boxes, canvas and scale unchanged."""
     out = Image.new("RGB", image.size)
-    corners = tuple(round(v) for v in box)
-    out.paste(image.crop(corners), corners[:2])
+    for box in boxes:
+        corners = tuple(round(v) for v in box)
+        out.paste(image.crop(corners), corners[:2])
     return out
 
 

@@ -1,11 +1,13 @@
 """Builds the embedded model in tiny/ from nothing: a Qwen3-VL of 2 million parameters that sees and answers.
 
-    python tiny.py [--out tiny] [--minutes 100] [--seed 0]
+    python tiny.py [--out tiny] [--minutes 74] [--seed 0]
 
 1. vision: throw-away heads on every image token learn what thing has its centre there, and where its box is;
 2. language: over the frozen tower, whose tokens are computed once, the text model learns to answer about one
-   to four things; that more of them confuse it is the visual context rot that LOCUS is to mend;
-3. two images: the same while the rate falls, and a third of the finding turns also carry a crop of something.
+   to four things;
+3. few things: the same about one or two, with a strong weight decay, under which what only crowds need fades:
+   the visual context rot that LOCUS is to mend;
+4. two images: the same while the rate falls, and a third of the finding turns also carry a crop of something.
 Cue search, which LOCUS trains, it never sees. Started again, the build goes on from its last saved minute.
 """
 
@@ -13,6 +15,7 @@ import argparse
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from policy import group_mask
 from prompts import PROMPTS, BoxFrame
 from scenes import COLORS, SHAPES, SIDE, Box, Scene, Thing, draw_layout, keep_only, questions, render
 
-STAGES = {"vision": 37, "language": 18, "two images": 4}  # minutes
+STAGES = {"vision": 37, "language": 32, "few things": 1, "two images": 4}  # minutes
 EXAMPLES = 20_000  # scenes whose image tokens are computed once
 FRAME = BoxFrame(SIDE, SIDE, 1000, 1000)
 TURNS = 8  # questions a scene is asked in one sequence
@@ -87,7 +90,8 @@ def draw_turn(rng: random.Random, example: tuple, weights: dict[str, float], cro
         text, thought, answer = PROMPTS["short"]["name"], thing.name, f" {thing.name}"
     else:
         crop = [rng.choice(crops)[1]] if rng.random() < crop_share else []
-        text = PROMPTS["short"]["text"].format(text=thing.name)
+        where = " in Image 1" if crop else ""
+        text = PROMPTS["short"]["text"].format(text=thing.name + where)
         thought, answer = thing.name, FRAME.to_text(thing.box)
     text = f"{SCENE}{CROP * len(crop)}{text}<|im_end|>\n<|im_start|>assistant\n"
     return f"{text}<think> {thought}</think><answer>{answer}</answer><|im_end|>", [tokens, *crop]
@@ -99,7 +103,7 @@ class Build:
     def __init__(self, out: Path, minutes: float, seed: int):
         torch.manual_seed(seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.minutes, self.seed, self.tokenizer = minutes, seed, build_tokenizer()
+        self.minutes, self.seed, self.tokenizer, self.things = minutes, seed, build_tokenizer(), ()
         self.model = build_model(self.tokenizer).to(device)
         heads = {"centre": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
         self.heads = nn.ModuleDict(heads).to(device)
@@ -111,13 +115,15 @@ class Build:
             self.model.load_state_dict(self.state["model"])
             self.heads.load_state_dict(self.state["heads"])
 
-    def train(self, stage: str, peak: float, parameters: list[nn.Parameter], loss_of, fall: bool = True):
+    def train(self, stage: str, peak: float, parameters: list, loss_of, fall=True, things=(), decay=0.01):
         """AdamW for a stage's minutes; `loss_of(rng, step)` gives a loss and what to show."""
-        optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=decay)
         if self.state["stage"] == stage:
             optimizer.load_state_dict(self.state["optimizer"])
         spent, steps = self.state["spent"], self.state["steps"]
         total = 60 * STAGES[stage] * self.minutes / sum(STAGES.values())
+        if things != self.things and spent[stage] < total:
+            self.draw_examples(things)
         begun = time.monotonic() - spent[stage]
         bar = tqdm(total=round(total), initial=round(spent[stage]), desc=stage, unit="s", mininterval=5)
         while (done := spent[stage] / total) < 1:
@@ -173,25 +179,34 @@ class Build:
 
     @torch.no_grad()
     def start_language(self) -> None:
-        """Examples for the frozen tower: (scene, tokens [36, width], 2 × ((scene, thing), [4, width]))."""
-        visual = self.model.model.visual.requires_grad_(False)
+        """Queries start as copies of the keys: so " red" looks at red things from the first step."""
+        self.model.model.visual.requires_grad_(False)
         if not self.state["steps"]["language"]:
-            # Queries start as copies of the keys: so " red" looks at red things from the first step.
             for attention in (layer.self_attn for layer in self.model.model.language_model.layers):
                 keys = attention.k_proj.weight.view(2, 32, 128)  # [kv heads, head, width]
                 attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
-        self.examples = []
+
+    @torch.no_grad()
+    def draw_examples(self, things: tuple[int, ...]) -> None:
+        """Scenes of so many things: (scene, tokens [36, width], 2 × ((scene, thing), [4, width])) each."""
+        visual, self.examples, self.things = self.model.model.visual, [], things
         for start in tqdm(range(0, EXAMPLES, 100), desc="image tokens", mininterval=5):
             rng = random.Random(f"pretraining/{self.seed}/examples/{start}")
-            counts = (rng.randint(1, 4) for _ in range(100))
+            counts = rng.choices(things, k=100)
             drawn, pictures = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
             shown = [(scene, thing) for scene in drawn for thing in rng.choices(scene.things, k=2)]
             crops = list(zip(shown, look(visual, [random_crop(rng, *pair) for pair in shown])))
             self.examples += zip(drawn, look(visual, pictures), zip(crops[::2], crops[1::2]))
 
-    def language_loss(self, rng: random.Random, step: int, crop_share: float = 0.0):
+    def language_loss(self, rng: random.Random, step: int):
+        """Words first, then finding."""
+        return self.turns_loss(rng, *((16, WORDS_FIRST) if step < 600 else (8, FINDING)))
+
+    def finding_loss(self, rng: random.Random, step: int, crop_share: float = 0.0):
+        return self.turns_loss(rng, 8, FINDING, crop_share)
+
+    def turns_loss(self, rng: random.Random, batch: int, weights: dict[str, float], crop_share: float = 0.0):
         """Of the answers in rows `[scene | turn 1 | … | turn 8]`, laid out as a GRPO group is."""
-        batch, weights = (16, WORDS_FIRST) if step < 600 else (8, FINDING)
         tokenizer, model = self.tokenizer, self.model.model
         chosen = rng.choices(self.examples, k=batch)
         texts, seen = zip(*[draw_turn(rng, e, weights, crop_share) for e in chosen for _ in range(TURNS)])
@@ -227,10 +242,10 @@ def main() -> None:
     build.train("vision", 2e-3, seeing, build.vision_loss)
     build.start_language()
     speaking = list(model.model.language_model.parameters())
-    build.train("language", 1.2e-3, speaking, build.language_loss, fall=False)
-    build.train(
-        "two images", 1.2e-3, speaking, lambda rng, _: build.language_loss(rng, 600, crop_share=1 / 3)
-    )
+    build.train("language", 1.2e-3, speaking, build.language_loss, fall=False, things=(1, 2, 3, 4))
+    few = 7 * (1,) + 3 * (2,)
+    build.train("few things", 1.2e-3, speaking, build.finding_loss, fall=False, things=few, decay=0.7)
+    build.train("two images", 1.2e-3, speaking, partial(build.finding_loss, crop_share=1 / 3), things=few)
     model.config.locus_family = "tiny"
     minutes = {stage: round(seconds / 60, 1) for stage, seconds in build.state["spent"].items()}
     model.config.locus_build = {"seed": args.seed, "steps": build.state["steps"], "minutes": minutes}

@@ -91,7 +91,7 @@ def prompts(policy: Policy, count: int = 3) -> list[Encoded]:
     pictures = [noise(sizes[i % 4], i) for i in range(count)]
     crops = [None if i % 3 == 2 else picture.crop((5, 5, 45, 35)) for i, picture in enumerate(pictures)]
     return [
-        encode(policy.tools, "Find it." * (i + 1), picture, crop)
+        encode(policy.tools, "Find it." * (i + 1), picture, crop=crop)
         for i, (picture, crop) in enumerate(zip(pictures, crops))
     ]
 

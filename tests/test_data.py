@@ -519,7 +519,7 @@ def test_pixel_limits_of_image_and_crop_are_their_own(size, kind, patch):
     family = replace(FAMILIES[kind], image_pixels=(56**2, 300**2), crop_pixels=(112**2, 150**2))
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2)
     tools = Tools(embedded.build_tokenizer(), processor, family, "<|image_pad|>")
-    item = encode(tools, "Find it.", noise(*size), noise(16, 16))
+    item = encode(tools, "Find it.", noise(*size), crop=noise(16, 16))
     image, crop = (grids(item).prod(-1) * patch**2).tolist()
     assert image <= 300**2 and 112**2 <= crop <= 150**2
     assert item.kinds.sum() == grids(item).prod(-1).sum() // 4
@@ -531,7 +531,7 @@ def test_pixel_limits_of_image_and_crop_are_their_own(size, kind, patch):
 
 def test_the_two_pictures_stand_in_order(tools):
     white, black = Image.new("RGB", (192, 192), "white"), Image.new("RGB", (64, 64))
-    first, second = encode(tools, "x", white, black).pictures
+    first, second = encode(tools, "x", white, crop=black).pictures
     assert (first.pixels == 1).all() and (second.pixels == -1).all()
 
 

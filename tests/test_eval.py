@@ -1,129 +1,212 @@
-"""Scores and summaries against hand-worked examples, on answers whose right scores are known."""
+"""eval.py as a program: scenes, benchmarks, one's own picture, killed runs, memory that runs out."""
 
-import math
-import random
-from dataclasses import replace
+import json
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import random_policy
+import torch
+from conftest import noise, random_policy, with_adapter
+from PIL import Image
 
 import eval as evaluation
+import heldout
 import scenes
-from check import check_frame
 from data import CueConfig, SceneCues, UserError
-from eval import Scores, box_score, cue_summary, held_out, paired, question_summary, table, thing_of
-from prompts import FAMILIES, BoxFrame
-from scenes import Question
-
-FRAME = BoxFrame(scenes.SIDE, scenes.SIDE, 1000, 1000)
+from journal import Journal
+from policy import add_lora, load_policy
 
 
 @pytest.fixture(scope="module")
-def policy():
-    policy = random_policy("qwen3_vl")
-    policy.tools.family = replace(FAMILIES["tiny"])
-    return policy
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of the embedded model that changes its answers a little."""
+    policy = add_lora(load_policy("tiny", load_in_4bit=False), 4)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    policy.model.save_pretrained(folder)
+    return folder
 
 
-class Item:
-    """What box_score needs of an encoded prompt."""
-
-    frame = FRAME
-
-
-def said(box, think: str = "x") -> str:
-    return f"<think>{think}</think><answer>{FRAME.to_text(box)}</answer>"
-
-
-def test_box_score_knows_the_right_thing_from_the_others():
-    cue = SceneCues(CueConfig(), "heldout", 0)[3]
-    mine = thing_of(cue)
-    other = next(t for t in cue.scene.things if t != mine)
-    right = box_score(said(cue.box), Item, cue.box, cue)
-    assert right["iou"] > 0.9 and right["parsed"] == right["format"] == right["right"] == 1
-    wrong = box_score(said(other.box), Item, cue.box, cue)
-    assert wrong["iou"] < 0.2 and wrong["right"] == 0 and wrong["parsed"] == 1
-    silent = box_score("<think>x</think><answer>nowhere</answer>", Item, cue.box, cue)
-    assert silent == {"iou": 0, "parsed": 0, "format": 1, "right": 0}
-    nothing = box_score("<answer>[990, 990, 1000, 1000]</answer>", Item, cue.box, replace(cue, scene=None))
-    assert nothing["parsed"] == 1 and nothing["format"] == 0 and nothing["right"] == 0
+@pytest.fixture(scope="module")
+def vstar(tmp_path_factory) -> Path:
+    """V*Bench's own layout, filled with scenes: eight questions about places, the first option right."""
+    root = tmp_path_factory.mktemp("vstar")
+    for kind in ("direct_attributes", "relative_position"):
+        (root / kind).mkdir()
+        for i in range(4):
+            cue = SceneCues(CueConfig(), "heldout", 7)[i + 10 * (kind == "relative_position")]
+            q = next(q for q in scenes.questions(cue.scene) if q.kind == "place")
+            cue.image.save(root / kind / f"{i}.png")
+            others = [place for place in scenes.PLACES if place != q.answer]
+            x1, y1, x2, y2 = q.box
+            note = {"question": q.text, "options": [q.answer, *others], "target_object": [q.name]}
+            note["bbox"] = [[x1, y1, x2 - x1, y2 - y1]]
+            (root / kind / f"{i}.json").write_text(json.dumps(note))
+    return root
 
 
-def test_cue_summary_by_hand():
-    rows = [{"iou": v, "parsed": p, "format": 1.0, "right": r} for v, p, r in
-            [(0.8, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 0.0, 0.0), (0.2, 1.0, 0.0)]]  # fmt: skip
-    got = cue_summary(rows)
-    assert got["mean_iou"] == pytest.approx(0.375) and got["mean_iou_parsed"] == pytest.approx(0.5)
-    assert (got["acc50"], got["acc75"], got["parse_rate"], got["n"]) == (0.5, 0.25, 0.75, 4)
+def run(*arguments) -> tuple[int, dict]:
+    """Exit code, and the results of a run that was given --out."""
+    sys.argv = ["eval.py", *map(str, arguments)]
+    try:
+        evaluation.main()
+    except SystemExit as stop:
+        return stop.code, {}
+    folder = Path(arguments[arguments.index("--out") + 1])
+    return 0, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-def test_question_summary_splits_by_objects_size_and_kind():
-    one, many = (scenes.draw_layout(random.Random(0), n) for n in (1, 4))
-    tiny, small = (
-        Question("place", "", "", "", (0, 0, 16, 16)),
-        Question("attribute", "", "", "", (0, 0, 30, 30)),
-    )
-    got = question_summary([1.0, 0.0, 1.0], [(one, tiny), (many, tiny), (many, small)])
-    assert got["accuracy"] == pytest.approx(2 / 3) and got["n"] == 3
-    assert got["by_objects"] == {"1": 1, "4": 0.5}
-    assert got["by_size"] == {"small": 1, "tiny": 0.5} and got["by_kind"] == {"attribute": 1, "place": 0.5}
+def test_scenes_give_every_row_before_and_after(adapter, tmp_path, capsys):
+    code, results = run("scenes", "--adapter", adapter, "--n", 6, "--out", tmp_path)
+    assert code == 0
+    printed = capsys.readouterr().out
+    rows = ["cue search (IoU)", "find by text (IoU)", "questions", "questions, suppressed", "answers at base"]
+    for row in [*rows, "found (IoU", "found but misread", "Attention-in-Box", "Peak-in-Box"]:
+        (line, *_) = [line for line in printed.splitlines() if line.startswith(row)]
+        assert "±" in line, row
+    for side in ("before", "after"):
+        grounding, attention = results[side]["grounding"], results[side]["attention"]
+        assert sum(grounding["counts"].values()) == grounding["n"] == attention["n"] == 12
+        assert sum(part["n"] for part in grounding["accuracy"].values()) == 12
+        assert len(attention["aib_by_layer"]) == 4 and 0 < attention["chance"] < attention["mean_aib"] < 1
+    assert results["change"]["aib"]["n"] == 12 and results["change"]["aib"]["change"] != 0
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.width == 3 * 320, "the picture, the base's map, the adapted model's map"
 
 
-def test_paired_standard_error_by_hand():
-    got = paired([0, 0, 1, 1], [1, 0, 1, 1])
-    assert got["change"] == 0.25
-    assert got["standard_error"] == pytest.approx(math.sqrt((0.75**2 + 3 * 0.25**2) / 3 / 4))
-    assert paired([0.5] * 5, [0.5] * 5) == {"change": 0, "standard_error": 0}
+def test_vstar_answers_suppresses_grounds_and_looks(adapter, vstar, tmp_path):
+    code, results = run("vstar", "--data", vstar, "--adapter", adapter, "--out", tmp_path)
+    assert code == 0
+    for side in ("before", "after"):
+        assert results[side]["direct"]["n"] == results[side]["black"]["n"] == 8
+        assert results[side]["direct"]["parse_rate"] > 0.5 and results[side]["direct"]["errors"] == 0
+        assert results[side]["grounding"]["n"] == results[side]["attention"]["n"] == 8
+    assert results["change"]["direct"]["n"] == 8
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    raw = [value for key, value in lines[1:] if key == "before/direct/direct_attributes/0"]
+    assert raw[0][0].startswith("<think>"), "the reply is kept as it was given"
 
 
-def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_evidence(policy):
-    cues = SceneCues(CueConfig(), "heldout", 0)
-    held, again = held_out(policy, cues, 4), held_out(policy, cues, 4)
-    assert [q.text for _, q in held.asked] == [q.text for _, q in again.asked]
-    kinds = [q.kind for _, q in held.asked]
-    assert kinds.count("place") == kinds.count("attribute") == 4
-    assert len(held.cues) == len(held.cue_items) == len(held.find_items) == 4
-    for item in held.question_items:
-        assert len(item.pictures) == 1, "an ordinary question has one image and no crop"
-    for full, black, (_, question) in zip(held.question_items, held.suppressed_items, held.asked):
-        assert full.ids.tolist() == black.ids.tolist()
-        lit = (black.pictures[0].pixels > -0.999).any(1).float().mean()
-        touched = math.prod((question.box[i + 2] - 1) // 16 - question.box[i] // 16 + 1 for i in (0, 1))
-        assert lit <= touched / 144 + 1e-6
+def test_a_killed_run_goes_on_and_ends_the_same(adapter, vstar, tmp_path, monkeypatch):
+    ways = ("vstar", "--data", vstar, "--adapter", adapter, "--batch", 4)
+    assert run(*ways, "--out", tmp_path / "whole")[0] == 0
+    whole = (tmp_path / "whole" / "answers.jsonl").read_bytes()
+    (tmp_path / "killed").mkdir()
+    asked = []
+    real = heldout.rollout
+    monkeypatch.setattr(heldout, "rollout", lambda p, b, *rest: asked.extend(b.items) or real(p, b, *rest))
+    for cut in (len(whole) // 3, len(whole) - 5, len(whole) // 40):  # in the middle of a line, most likely
+        (tmp_path / "killed" / "answers.jsonl").write_bytes(whole[:cut])
+        asked.clear()
+        assert run(*ways, "--out", tmp_path / "killed")[0] == 0
+        kept = sum("looks" not in line for line in whole[:cut].decode().splitlines()[1:-1])
+        assert 48 - kept <= len(asked) < 48 - kept + 4, "at most one batch is asked twice"
+        for name in ("answers.jsonl", "results.json"):
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_alone_keeps_only_evidence_with_its_tokens_to_itself(policy):
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0, (16, 16)), 3, alone=True)
-    assert all(scenes.alone_in_its_cells(scene, q.box) for scene, q in held.asked)
+def test_other_settings_refuse_to_go_on(vstar, tmp_path, capsys):
+    assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 2)[0] == 0
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 3)[0] == 2
+    assert "other settings (n)" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-def scores_of(samples: list[float], boxes: list) -> Scores:
-    return Scores(
-        {"cue": cue_summary([{"iou": 0, "parsed": 1, "format": 1, "right": 0}])}, {"cue": samples}, boxes
-    )
+def test_settings_choose_the_folder_beside_the_adapter(adapter, vstar):
+    for n in (1, 2, 1):
+        sys.argv = ["eval.py", "vstar", "--data", str(vstar), "--adapter", str(adapter), "--n", str(n)]
+        evaluation.main()
+    assert len(list(adapter.parent.glob("vstar-*/results.json"))) == 2
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_the_frame_check_stops_where_the_other_frame_wins(policy, wrong):
-    """Perfect answers, read in their own frame and in the other one."""
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 12)
-    answered = []
-    for cue in held.cues:
-        units = FRAME.to_units(cue.box)
-        if wrong:  # written in pixels of the picture, 0 to 192, but read as thousandths
-            units = cue.box
-        answered.append(FRAME.to_pixels(units))
-    values = [evaluation.iou(box, cue.box) for box, cue in zip(answered, held.cues)]
-    scores = scores_of(values, answered)
-    if wrong:
-        with pytest.raises(UserError, match="--box-frame resized"):
-            check_frame(policy, held, scores)
-    else:
-        check_frame(policy, held, scores)
+def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar, tmp_path, monkeypatch):
+    real, victim = heldout.rollout, noise((192, 192), 3)
+    victim.save(vstar / "relative_position" / "2.png")
+
+    def full(policy, batch, *rest):
+        if any(picture is item.pictures[0] for picture in lost for item in batch.items):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(policy, batch, *rest)
+
+    lost = []
+    prompt = evaluation.benchmark_prompt
+
+    def marked(sample, **ways):
+        item = prompt(sample, **ways)
+        if sample.id == "relative_position/2":
+            lost.append(item.pictures[0])
+        return item
+
+    monkeypatch.setattr(heldout, "rollout", full)
+    monkeypatch.setattr(evaluation, "benchmark_prompt", marked)
+    code, results = run("vstar", "--data", vstar, "--out", tmp_path)
+    assert code == 0 and results["before"]["direct"]["errors"] == 1 and results["before"]["direct"]["n"] == 7
+    assert results["before"]["black"]["errors"] == 1
 
 
-def test_the_table_shows_both_models_and_the_change():
-    before, after = scores_of([0.1, 0.2, 0.3], []), scores_of([0.5, 0.6, 0.7], [])
-    line = table(before, after).splitlines()[1]
-    assert line.split()[-6:] == ["3", "20.0", "60.0", "+40.0", "±", "0.0"]
-    assert "±" not in table(before)
+def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):
+    """A random Qwen2.5-VL on POPE: with and without the instruction, and the paper's pairing as an extra."""
+    import base64
+    import io
+
+    rows = ["index\tcategory\tquestion\tanswer\timage"]
+    for i in range(6):
+        with io.BytesIO() as file:
+            noise((60, 40), i).save(file, "PNG")
+            rows.append(f"{i}\trandom\tIs there a star?\tyes\t{base64.b64encode(file.getvalue()).decode()}")
+    (tmp_path / "POPE.tsv").write_text("\n".join(rows) + "\n")
+    policy = random_policy("qwen2_5_vl")
+    with_adapter(random_policy("qwen2_5_vl")).model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
+    ways = ("--max-new-tokens", 6, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    code, results = run("pope", "--data", tmp_path / "POPE.tsv", *ways)
+    assert code == 0 and set(results["before"]) == {"direct", "think"}
+    assert results["before"]["direct"]["n"] == 6 and results["direct to think"]["n"] == 6
+
+
+def test_cue_search_on_photos_by_size(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(30):
+        noise((320, 240), i).save(photos / f"{i}.png")
+    code, results = run("cues", "--data", photos, "--n", 5, "--out", tmp_path / "out")
+    assert code == 0 and results["before"]["cue"]["n"] == 5
+    assert sum(part["n"] for part in results["before"]["cue_by_size"].values()) == 5
+
+
+def test_ask_about_a_picture_of_ones_own(adapter, tmp_path, capsys):
+    SceneCues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
+    ways = ("--adapter", adapter, "--out", tmp_path / "out")
+    code, results = run("ask", tmp_path / "mine.png", "What shape is the red thing?", *ways)
+    assert code == 0 and set(results) == {"before", "after"}
+    assert f"before: {results['before']}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "attention.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["ask"], "question"),
+        (["ask", "nothing.png", "What?"], "nothing.png"),
+        (["pope"], "--data"),
+        (["pope", "--data", "nowhere.tsv"], "nowhere.tsv"),
+        (["scenes", "--n", "0"], "--n 0"),
+        (["scenes", "--adapter", "nowhere"], "nowhere"),
+        (["cues", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_use_ends_with_one_sentence(arguments, names, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments)[0] == 2
+    said = capsys.readouterr().err
+    assert names in said and "Traceback" not in said
+
+
+def test_a_journal_that_is_none_is_refused(tmp_path):
+    (tmp_path / "answers.jsonl").write_text("hello\n")
+    with pytest.raises(UserError, match="answers.jsonl"):
+        Journal(tmp_path / "answers.jsonl", {"a": "b"})
+    assert (tmp_path / "answers.jsonl").read_text() == "hello\n"

@@ -1,6 +1,7 @@
 """Loading: 4 bit on the CPU, what is and is not quantised, families, adapters, and wrong use."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,23 @@ def test_an_unknown_family_asks_for_its_frame(tmp_path):
 def test_a_folder_without_adapter_is_named(folder, tmp_path):
     with pytest.raises(UserError, match="adapter_config"):
         load_adapter(load_policy(str(folder), False), tmp_path)
+
+
+def test_an_adapter_of_another_model_is_one_sentence(folder, tmp_path):
+    with_adapter(random_policy("qwen3_vl", width=96)).model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_adapter(load_policy(str(folder), load_in_4bit=False), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_the_opening_of_a_thinking_template_is_part_of_the_answer(folder, opening, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    tail = "<|im_start|>assistant\n"
+    text = template.read_text()
+    assert tail.replace("\n", "\\n") in text or tail in text
+    for form in (tail, tail.replace("\n", "\\n")):
+        text = text.replace(form + "{% endif %}", form + opening + "{% endif %}")
+    template.write_text(text)
+    policy = load_policy(str(tmp_path / "model"), load_in_4bit=False)
+    assert policy.tools.family.opening == opening

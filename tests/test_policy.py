@@ -7,7 +7,8 @@ import torch
 from conftest import prompts, random_policy, with_adapter
 
 from check import self_check
-from policy import Policy, answer, collate, group_mask, rollout, see, texts, token_logps
+from heldout import answers
+from policy import Policy, collate, group_mask, rollout, see, texts, token_logps
 from prompts import Encoded
 
 
@@ -114,7 +115,7 @@ def test_greedy_answers_are_those_of_generate(policy):
         tokens = out[0, len(item.ids) :]
         expected.append(policy.tools.tokenizer.decode(tokens, skip_special_tokens=True))
     opening = policy.tools.family.opening
-    assert list(answer(policy, items, 10)) == [opening + text for text in expected]
+    assert [text for text, _ in answers(policy, items, 10)] == [opening + text for text in expected]
 
 
 def test_sampling_follows_the_distribution(policy):

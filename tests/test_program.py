@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import locus_mini
 import scenes
 from data import CueConfig, SceneCues, UserError
-from policy import answer, load_adapter, load_policy
+from heldout import answers
+from policy import load_adapter, load_policy
 from prompts import encode
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_results_have_their_shape(run):
             assert set(asked["by_kind"]) == {"attribute", "place"}
     assert {"whole_image", "centre_box", "name_then_find"} <= set(results["baselines"])
     assert results["seed"] == 0 and results["settings"]["group"] == 8
-    assert set(results["change"]["cue"]) == {"change", "standard_error"}
+    assert set(results["change"]["cue"]) == {"change", "standard_error", "n"}
 
 
 def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
@@ -111,7 +112,7 @@ def test_the_adapter_loads_in_plain_transformers(run):
     plain = model.eval().generate(**inputs, **picture, **ways)
     length = inputs["input_ids"].shape[1]
     ours = load_adapter(load_policy("tiny", load_in_4bit=False), run[0] / "adapter")
-    expected = next(answer(ours, [encode(ours.tools, question, cue.image)], 40))
+    expected, _ = next(answers(ours, [encode(ours.tools, question, cue.image)], 40))
     assert tokenizer.decode(plain[0, length:], skip_special_tokens=True) == expected
     merged = model.merge_and_unload().generate(**inputs, **picture, **ways)
     assert tokenizer.decode(merged[0, length:], skip_special_tokens=True) == expected

@@ -80,9 +80,9 @@ def test_look_is_image_processor_and_vision_tower(build):
         assert (theirs - ours).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("step", "crop_share"), [(0, 0.0), (600, 1 / 3)])
+@pytest.mark.parametrize("turns_of", [(16, tiny.WORDS_FIRST), (8, tiny.FINDING, 1 / 3)])
 @torch.no_grad()
-def test_a_turn_in_a_row_is_the_same_turn_alone(build, step, crop_share, monkeypatch):
+def test_a_turn_in_a_row_is_the_same_turn_alone(build, turns_of, monkeypatch):
     """Positions and loss of the packed turns, against data.encode and the whole model turn by turn."""
     turns, given, draw_turn = [], {}, tiny.draw_turn
 
@@ -92,7 +92,7 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, step, crop_share, monkeyp
 
     monkeypatch.setattr(tiny, "draw_turn", remembered)
     with build.model.register_forward_pre_hook(lambda *call: given.update(call[2]), with_kwargs=True):
-        loss, _ = build.language_loss(random.Random("turns"), step, crop_share)
+        loss, _ = build.turns_loss(random.Random("turns"), *turns_of)
     assert {len(images) for *_, images in turns} == {1, 2}
     tools = Tools(build.tokenizer, embedded.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>")
     policy = make_policy(build.model, tools, torch.device("cpu"))
@@ -102,7 +102,7 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, step, crop_share, monkeyp
         shown = [id(tokens) for _, tokens in build.examples[index][2]]
         crop = crops[shown.index(id(images[1]))] if len(images) == 2 else None
         asked, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
-        item = encode(tools, asked.rpartition("<|vision_end|>")[2], image, crop)
+        item = encode(tools, asked.rpartition("<|vision_end|>")[2], image, crop=crop)
         ids = torch.cat([item.ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
         assert ids.tolist() == build.tokenizer(text).input_ids
         P, T = len(item.ids), len(ids) - len(item.ids)
@@ -143,7 +143,8 @@ def test_queries_start_as_copies_of_the_keys_once(build, monkeypatch):
     monkeypatch.setattr(tiny, "EXAMPLES", 100)
     attention = build.model.model.language_model.layers[1].self_attn
     build.start_language()
-    assert len(build.examples) == 100
+    build.draw_examples((1, 1, 2))
+    assert len(build.examples) == 100 and {len(scene.things) for scene, *_ in build.examples} == {1, 2}
     assert [t.shape for t in (build.examples[0][1], build.examples[0][2][1][1])] == [(36, 128), (4, 128)]
     queries, keys = attention.q_proj.weight.view(4, 32, 128), attention.k_proj.weight.view(2, 32, 128)
     for head in range(4):
