@@ -1,4 +1,4 @@
-"""Two checks that refuse to go on: that training trains what it says, and that boxes are in their frame."""
+"""What training must not do unseen: train something else, score in a wrong frame, diverge, learn nothing."""
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +86,28 @@ def check_frame(policy: Policy, held: HeldOut, scores: Scores) -> None:
             f"The answered boxes fit the frame {other} better than {own} (IoU {gain['change']:+.3f}): "
             f"give --box-frame {other}."
         )
+
+
+def diverged(history: list[dict]) -> bool:
+    """Whether the last five steps all had a loss or a gradient that is not finite."""
+    return len(history) >= 5 and all(metrics["skipped"] > 0 for metrics in history[-5:])
+
+
+def watch(history: list[dict], kl_limit: float) -> list[str]:
+    """Warnings about the last step, each when its reason begins; about groups all alike every 20 steps."""
+    one, before, out = history[-1], history[-2] if len(history) > 1 else {}, []
+    if one["skipped"] > 0:
+        out.append("a loss or gradient was not finite, so the weights stay as they were")
+    if one["truncated"] > 0.1 >= before.get("truncated", 0):
+        out.append(f"{one['truncated']:.0%} of the answers cut; raise --max-new-tokens")
+    if one["kl"] > kl_limit >= before.get("kl", 0):
+        out.append(f"KL {one['kl']:.2g} is over --kl-limit {kl_limit:g}: lower --lr or raise --kl")
+    still = next(
+        (i for i, metrics in enumerate(reversed(history)) if metrics["zero_variance"] < 1), len(history)
+    )
+    if still and still % 20 == 0:
+        out.append(
+            f"for {still} steps no group has taught anything: its answers all score alike. Look at them for "
+            "boxes in another frame (--box-frame), a format never met, or answers cut (--max-new-tokens)"
+        )
+    return out

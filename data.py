@@ -10,26 +10,19 @@ import argparse
 import json
 import random
 import sys
-import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
 import scenes
+from photos import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
 from prompts import Encoded, Tools, encode, prompt_text
 from scenes import Box, Scene
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-class UserError(Exception):
-    """Wrong use: one sentence that names the file, the value and the remedy; the programs exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,10 @@ def size_class(box: Box, width: int, height: int) -> str:
 def sample_cue_box(
     rng: random.Random, object_box: Box, width: int, height: int, cfg: CueConfig
 ) -> Box | None:
-    """An object's window in whole pixels, scaled if tiny, 16 px at least; None if nothing of it is inside."""
+    """An object's window in whole pixels, scaled if tiny, 16 px at least.
+
+    None if nothing of the object is inside the image, or the window is too narrow for image processors.
+    """
     x1, y1, x2, y2 = object_box
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if not (x1 < x2 and y1 < y2):  # also where a NaN stands
@@ -81,7 +77,8 @@ def sample_cue_box(
         start = max(0, min(round((low + high) / 2 - half), limit - cfg.min_side))
         end = min(limit, max(round((low + high) / 2 + half), start + cfg.min_side))
         edges.append((start, end))
-    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+    (x1, x2), (y1, y2) = edges
+    return (x1, y1, x2, y2) if max(x2 - x1, y2 - y1) <= NARROWEST * min(x2 - x1, y2 - y1) else None
 
 
 def sample_random_box(rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, hold=None):
@@ -98,11 +95,6 @@ def sample_random_box(rng: random.Random, width: int, height: int, size: str, cf
     return (x, y, x + w, y + h) if size_class((x, y, x + w, y + h), width, height) == size else None
 
 
-def in_split(name: int | str, split: str, one_in: int) -> bool:
-    """A share of the images is held out, by name: whatever the seed, no training cue ever comes from them."""
-    return (zlib.crc32(str(name).encode()) % one_in == 0) == (split != "train")
-
-
 @dataclass(frozen=True)
 class Cues:
     """Endless cues; the i-th depends on (split, seed, i) alone, so resuming neither replays nor skips."""
@@ -112,13 +104,15 @@ class Cues:
     seed: int
     draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None where the size class is missed
     origin: str = "the scenes"
+    left_out: tuple[LeftOut, ...] = ()  # of the annotations at once, of the images as they are opened
 
     def __getitem__(self, index: int) -> Cue:
         rng, cfg = random.Random(f"{self.split}/{self.seed}/{index}"), self.cfg
         size = "large" if cfg.source == "large" else "tiny" if rng.random() < cfg.tiny_ratio else "small"
         cues = (self.draw(rng, size, cfg) for _ in range(5000))
         if (cue := next(filter(None, cues), None)) is None:
-            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}: add images.")
+            why = "".join(f"; {part}" for part in self.left_out if part.reasons)
+            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}{why}: add images.")
         return cue
 
 
@@ -140,56 +134,6 @@ def SceneCues(cfg: CueConfig, split: str, seed: int, things: tuple[int, int] = (
     return Cues(cfg, f"scenes-{split}", seed, draw)
 
 
-def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image | None:
-    """RGB pixels: raw if of the `size` that boxes refer to, else turned as EXIF says; None if unfit."""
-    try:
-        with Image.open(path) as image:
-            image = image if image.size == size else ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
-                image = image.convert("I").point(lambda v: v / 256).convert("L")
-            return image.convert("RGBA").convert("RGB") if size in (None, image.size) else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # missing or broken: another one is drawn
-
-
-def read(flag: str, path: Path | None, what: str, parse: Callable[[str], Any]) -> Any:
-    """A user's file through `parse`, with one sentence where it is missing or something else."""
-    try:
-        return parse(path.read_text(encoding="utf-8-sig") if path else "")
-    except OSError as error:
-        raise UserError(f"--{flag} {path} cannot be read ({error.strerror}): give a {what}.") from None
-    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        raise UserError(f"--{flag} {path} is no {what} ({error!r}): give one.") from None
-
-
-def index_coco(text: str, cfg: CueConfig, split: str, excluded: set[int], texts: dict[str, str]):
-    """Boxes to draw from (file, image size, box, text), and how many were left out for what reason."""
-    # Of an annotation only this is kept; its polygons go as soon as they are read.
-    keys = ("image_id", "category_id", "id", "iscrowd", "bbox")
-    data = json.loads(text, object_hook=lambda d: [d.get(key) for key in keys] if "bbox" in d else d)
-    photos = {photo["id"]: photo for photo in data["images"]}
-    names = {kind["id"]: kind["name"] for kind in data["categories"]}
-    alike = Counter((image_id, kind) for image_id, kind, *_ in data["annotations"])
-    boxes, dropped, rng = [], Counter(), random.Random(0)
-    for image_id, kind, number, crowd, (x, y, w, h) in data["annotations"]:
-        photo, box = photos[image_id], (x, y, x + w, y + h)
-        size = photo["width"], photo["height"]
-        words = texts.get(str(number), names[kind] if alike[image_id, kind] == 1 else None)
-        reasons = {
-            "crowds": crowd,
-            "excluded": image_id in excluded,
-            "in images of the other split": not in_split(image_id, split, 50),
-            "outside their image": sample_cue_box(rng, box, *size, cfg) is None,
-            "without a text": cfg.source == "text" and not words,
-        }
-        if any(reasons.values()):
-            dropped[next(reason for reason, holds in reasons.items() if holds)] += 1
-        else:
-            boxes.append((photo["file_name"], size, box, words))
-    counts = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
-    return boxes, f"of {len(data['annotations']):,} boxes left out: {counts}"
-
-
 def CocoCues(
     annotations: Path, images: Path, cfg: CueConfig, split: str, seed: int, exclude=None, expressions=None
 ) -> Cues:
@@ -200,36 +144,41 @@ def CocoCues(
         print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
     excluded = read("exclude", exclude, "list of image ids", lambda text: set(map(int, text.split())))
     texts = read("expressions", expressions, "JSON of texts by id", lambda t: dict(json.loads(t or "[]")))
-    index = partial(index_coco, cfg=cfg, split=split, excluded=excluded, texts=texts)
-    boxes, why = read("annotations", annotations, "COCO instances JSON", index)
+    ways = dict(split=split, excluded=excluded, texts=texts, need_text=cfg.source == "text")
+    index = partial(index_coco, name=str(annotations), **ways)
+    boxes, left_out = read("annotations", annotations, "COCO instances JSON", index)
     if not boxes:
+        why = "; ".join(map(str, left_out))
         raise UserError(f"--annotations {annotations} leaves no {split} cue ({why}): give another.")
+    for part in left_out:
+        part.warn()
+    files = len({one.name for one in boxes})
+    photos = Photos(images, LeftOut(f"{split} images in {images}", files))
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        name, side, box, text = rng.choice(boxes)
+        one = rng.choice(boxes)
         if cfg.source == "random":
-            box, text = sample_random_box(rng, *side, size, cfg), None
+            box, text = sample_random_box(rng, *one.size, size, cfg), None
         else:
-            box = sample_cue_box(rng, box, *side, cfg)
-        image = load_image(images / name, side) if box and size_class(box, *side) == size else None
+            box, text = sample_cue_box(rng, one.box, *one.size, cfg), one.text
+        fits = box and size_class(box, *one.size) == size
+        image = photos.open(one.name, one.size) if fits else None
         return image and Cue(image, box, size, text)
 
-    return Cues(cfg, f"coco-{split}", seed, draw, f"{annotations} ({why})")
+    return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
 
 
 def FolderCues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
     """Random windows of one's own images; one image in ten is held out."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
-    names = [name for name in names if in_split(name, split, 10)]
-    if not names:
-        raise UserError(f"--data {folder} has no image for {split} cues: give a folder with more images.")
+    names, photos = open_folder(folder, split)
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        image = load_image(folder / rng.choice(names))
+        image = photos.open(rng.choice(names))
         box = image and sample_random_box(rng, *image.size, size, cfg)
         return box and Cue(image, box, size)
 
-    return Cues(replace(cfg, source="random"), f"folder-{split}", seed, draw, str(folder))
+    cfg = replace(cfg, source="random")
+    return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
 
 
 def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Path | None) -> Cues:

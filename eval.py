@@ -23,9 +23,10 @@ import torch
 from analyses import BANDS, add_grounding, add_looking, attention_maps, begin_answer, box_ious, look
 from benchmarks import BENCHMARKS, Sample, aggregate, judge, read_samples
 from card import card
-from data import SOURCES, CueConfig, SceneCues, UserError, load_image, open_cues
+from data import SOURCES, CueConfig, SceneCues, UserError, open_cues
 from heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
 from journal import Run, open_run
+from photos import Unfit, load_image
 from pictures import draw_cues, draw_looking
 from policy import load_adapter, load_policy, model_folder
 from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
@@ -85,7 +86,7 @@ def scenes_task(run: Run) -> dict[str, Any]:
     images = [render(scene) for scene, _ in held.asked[:4]]
     heat_map(run, [q.text for q in asked[:4]], images, begun[:4], boxes[:4])
     with policy.reference():
-        results["baselines"] = baselines(policy, held, longest)
+        results["baselines"] = baselines(policy, held, longest, run.known)
     return finish(run, scored, results)
 
 
@@ -109,6 +110,7 @@ def cues_task(run: Run) -> dict[str, Any]:
             scored.append(evaluate(run.policy, held, longest, side, run.known, batch))
         results[side] = scored[-1].summary
     draw_cues(held.cues, *([s.boxes for s in scored] + [None])[:2], run.folder / "before_after.png")
+    results["left_out"] = {part.what: dict(part.reasons) for part in cues.left_out}
     return finish(run, scored, results)
 
 
@@ -184,11 +186,10 @@ def add_evidence(run: Run, side: str, samples: list[Sample], scored: list[Scores
 
 def ask_task(run: Run) -> dict[str, Any]:
     """A question on a picture of one's own: both answers, and a heat-map of where each model looks."""
-    image = load_image(run.args.image)
-    if image is None:
-        raise UserError(
-            f"{run.args.image} is no picture that can be read: give a PNG, JPEG, WebP or BMP file."
-        )
+    try:
+        image = load_image(run.args.image)
+    except Unfit as why:
+        raise UserError(f"{run.args.image} cannot be asked about, being {why}: give another.") from None
     item, results = encode(run.tools, run.args.question, image), {}
     for side, switch in run.sides:
         with switch():

@@ -258,7 +258,7 @@ def is_right(text: str | None, question: Question) -> float | None:
     return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
 
 
-def baselines(policy: Policy, held: HeldOut, max_new_tokens: int) -> dict[str, float]:
+def baselines(policy: Policy, held: HeldOut, max_new_tokens: int, known=None) -> dict[str, float]:
     """Mean IoU of cue search without searching: the whole image, a box in the centre of the mean cue's size,
     and the untrained model's own two steps: name the crop, then find by that name."""
     side = mean(math.sqrt((c.box[2] - c.box[0]) * (c.box[3] - c.box[1])) for c in held.cues) / 2
@@ -270,13 +270,19 @@ def baselines(policy: Policy, held: HeldOut, max_new_tokens: int) -> dict[str, f
     out = {"whole_image": mean(whole), "centre_box": mean(centre)}
     if not held.find_items:
         return out
-    family = policy.tools.family
+    family, known, ways = (
+        policy.tools.family,
+        {} if known is None else known,
+        (max_new_tokens, at_a_time(policy)),
+    )
     naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
-    names = [(answer_of(text or "") or "").strip() for text, _ in answers(policy, naming, max_new_tokens)]
+    names = [
+        (answer_of(text or "") or "").strip() for text, _ in recall(policy, known, "names", naming, ways)
+    ]
     prompts = [prompt_text(family, "text", text=name) for name in names]
     images = [item.pictures[0] for item in held.cue_items]
     items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-    found = zip(answers(policy, items, max_new_tokens), held.cues, strict=True)
+    found = zip(recall(policy, known, "named", items, ways), held.cues, strict=True)
     out["name_then_find"] = mean(
         row and row["iou"] for row in (box_score(*reply, cue.box, cue) for reply, cue in found)
     )

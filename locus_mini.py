@@ -6,85 +6,27 @@
 A step: rollout → rewards → group_advantages → token_logps (policy, reference) → grpo_loss → optimizer step.
 """
 
-import argparse
 import json
-import platform
-import subprocess
+import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from shutil import which
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
 import check
 import heldout
 import pictures
-from data import SOURCES, CueConfig, Cues, UserError, encode_cue, open_cues
+import runs
+from data import CueConfig, Cues, UserError, encode_cue, open_cues
+from journal import Journal
 from policy import Policy, add_lora, collate, load_policy, rollout, texts, token_logps
 from reward import reward
-
-FORMAT = argparse.RawTextHelpFormatter
-LOSSES = ("token_mean", "grpo", "dr_grpo")
-
-
-def setting(default: Any, note: str, choices: tuple = (), low: float = 0, high: float = 1e9) -> Any:
-    """A field of Config that is also a flag; `note` says what it is and whether it is the paper's or ours."""
-    return field(default=default, metadata={"note": note, "choices": choices, "range": (low, high)})
-
-
-@dataclass
-class Config:
-    """Every setting of a run, and so every flag. None: the model family's row decides."""
-
-    model: str = setting("tiny", "tiny, a model folder or a hub id; ours")
-    data: str = setting("scenes", "scenes, coco or a folder of images; the paper: coco")
-    annotations: Path | None = setting(None, "COCO instances JSON")
-    images: Path | None = setting(None, "folder of the COCO images")
-    exclude: Path | None = setting(None, "image ids to leave out, one a line (RefCOCO's); ours")
-    expressions: Path | None = setting(None, "JSON of annotation id: expression, for text cues; ours")
-    source: str = setting("object", "what a cue is; paper: object (Tables 5 to 7)", SOURCES)
-    tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
-    out: Path | None = setting(None, "run folder; default a new one under runs/")
-    preset: str = setting("", "paper: Table 8; qlora: one 24 GB card in a weekend", ("", "paper", "qlora"))
-    steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
-    prompts: int | None = setting(None, "prompts a rollout; paper: 512", low=1)
-    group: int = setting(8, "answers a prompt, G; paper", low=2)
-    updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
-    iterations: int = setting(1, "passes over a rollout; paper: 1", low=1)
-    micro_batch: int = setting(8, "prompts in one forward and backward pass; memory only; ours", low=1)
-    max_new_tokens: int | None = setting(None, "longest answer in tokens; ours", low=1)
-    lr: float | None = setting(None, "learning rate; paper: 1e-6, for full fine-tuning")
-    decay: str = setting("linear", "learning rate after warm-up; paper: constant", ("linear", "constant"))
-    warmup: float = setting(0.05, "share of the optimizer steps that warm up; paper", high=1)
-    weight_decay: float = setting(0.01, "AdamW's; paper")
-    max_grad_norm: float = setting(1.0, "clipping of the gradient norm; paper")
-    loss: str = setting("token_mean", "how tokens are averaged; paper: token_mean", LOSSES)
-    kl: float = setting(0.02, "coefficient of the KL to the reference; paper: 0.01")
-    clip_low: float = setting(0.2, "the ratio's lower clip; paper's framework")
-    clip_high: float = setting(0.3, "the ratio's upper clip; paper's framework")
-    dual_clip: float = setting(3.0, "the ratio's bound at negative advantages; paper's framework", low=1)
-    alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
-    lora_rank: int = setting(16, "rank of the adapter; ours (the paper trains all weights)", low=1)
-    box_frame: str | None = setting(None, "coordinates of the model's boxes", ("resized", "relative1000"))
-    load_in_4bit: bool | None = setting(None, "NF4 weights; default where CUDA is; ours")
-    seed: int = setting(0, "of cues, adapter and sampling; ours")
-    eval_cues: int = setting(1000, "held-out cues before and after; paper: 500", low=1)
-    show_every: int = setting(30, "steps between completions on the screen, 0 for none; ours")
-
-
-PRESETS = {
-    "": {},
-    "paper": dict(steps=100, prompts=512, updates=4, lr=1e-6, kl=0.01, decay="constant"),
-    "qlora": dict(steps=400, prompts=16, lr=1e-5, kl=0.01, decay="constant", micro_batch=1),
-}
-
+from settings import Config, begun_settings, read_flags, resolve
 
 # ---------------------------------------------------------------- GRPO, as functions of tensors
 
@@ -159,6 +101,7 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
     tokens = sum(roll.mask.sum() for _, roll, _, _ in passes).item()
     answers = sum(roll.stopped.numel() for _, roll, _, _ in passes)
     sums = {"kl": 0.0, "clipped": 0.0, "rollout_gap": 0.0}
+    finite = True
     optimizer.zero_grad(set_to_none=True)
     for batch, roll, advantages, old in passes:
         if cfg.kl == 0 and not advantages.any():
@@ -172,13 +115,15 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
         weights = token_weights(roll.mask, cfg.loss, tokens, answers, cfg.max_new_tokens)
         loss, stats = grpo_loss(logps, old, ref, advantages, weights, cfg)
         loss.backward()
+        finite = finite and math.isfinite(loss.item())
         sums["kl"] += stats["kl"].item() / tokens
         sums["clipped"] += stats["clipped"].item() / tokens
         sums["rollout_gap"] = max(sums["rollout_gap"], (old - roll.logps).abs().max().item())
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
-    if torch.isfinite(norm):
+    finite = finite and math.isfinite(norm.item())
+    if finite:
         optimizer.step()
-    return sums | {"grad_norm": norm.item(), "skipped": float(not torch.isfinite(norm))}
+    return sums | {"grad_norm": norm.item(), "skipped": float(not finite)}
 
 
 def micro_batches(cfg: Config) -> list[list[slice]]:
@@ -228,130 +173,120 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
 # ---------------------------------------------------------------- a run
 
 
-def resolve(flags: dict[str, Any], policy: Policy) -> tuple[Config, dict[str, str]]:
-    """Settings and where each came from: flag, else preset, else the family's row, else default."""
-    family, preset = policy.tools.family, PRESETS[flags.get("preset", "")]
-    row = {"prompts": family.prompts_a_step, "lr": family.lr, "max_new_tokens": family.max_new_tokens}
-    row["box_frame"] = family.box_frame
-    cfg = Config(**(row | preset | flags))
-    origin = dict.fromkeys((f.name for f in fields(Config)), "default") | dict.fromkeys(row, "model family")
-    origin |= dict.fromkeys(preset, f"preset {cfg.preset}") | dict.fromkeys(flags, "flag")
-    for f in fields(Config):
-        value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
-        low, high = f.metadata["range"]
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise UserError(f"{flag} {value} cannot be: give a number from {low} to {high}.")
-    if cfg.prompts % cfg.updates:
-        raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
-    return cfg, origin
-
-
-def new_folder(out: Path | None) -> Path:
-    """The run folder that was asked for, if it holds no run yet, or a new one under runs/."""
-    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} already holds a run: give another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another folder.") from None
-    return out
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """What one needs to know to run this again."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if which("git") else ""
-    modules = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    return modules | {"python": platform.python_version(), "commit": commit or "unknown"}
-
-
-def train(policy: Policy, cues: Cues, cfg: Config, folder: Path) -> dict:
-    """cfg.steps rollouts, each a line of metrics.jsonl. Returns a group of the last one, to draw."""
+def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) -> None:
+    """cfg.steps rollouts, each a line of metrics.jsonl, from the last checkpoint on if there is one."""
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    shown: dict = {}
-    log, bar = (folder / "metrics.jsonl").open("w", encoding="utf-8"), tqdm(total=cfg.steps, desc="GRPO")
-    with log, bar:
-        for step in range(cfg.steps):
+    start = runs.load_checkpoint(folder, policy.model, optimizer, state)
+    log, history = runs.open_metrics(folder, start)
+    bar = tqdm(total=cfg.steps, initial=start, desc="GRPO")
+    with log, bar, runs.Interruption() as interruption:
+        for step in range(start, cfg.steps):
             metrics, shown = train_step(policy, optimizer, cues, step, cfg)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
+            history.append(metrics)
             names = ("reward", "iou", "format", "kl", "length", "seconds")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names}, refresh=False)
             bar.update()
-            if metrics["truncated"] > 0.1:
-                bar.write(
-                    f"step {step}: {metrics['truncated']:.0%} of the answers cut; raise --max-new-tokens"
-                )
+            for warning in check.watch(history, cfg.kl_limit):
+                bar.write(f"step {step}: {warning}", file=sys.stderr)
             if cfg.show_every and step % cfg.show_every == 0:
                 bar.write(f"step {step}: {shown['answers'][0]!r}, reward {shown['rewards'][0].total:.2f}")
-    return shown
+            diverged = check.diverged(history)
+            if step + 1 == cfg.steps:
+                pictures.draw_group(shown, folder / "group.png")
+            elif not (interruption.asked or diverged or (step + 1) % cfg.save_every == 0):
+                continue
+            runs.sync(folder / "metrics.jsonl")
+            runs.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
+            if diverged:
+                raise UserError(
+                    f"Five steps in a row were not finite: begin anew with less than --lr {cfg.lr}."
+                )
+            if interruption.asked:
+                raise runs.Stopped
 
 
 def run(flags: dict[str, Any]) -> None:
-    """Load, check, measure, train, measure again, and leave it all in the run folder."""
-    began = time.monotonic()
+    """Settings, model, cues and folder of a run, new or begun; then all of it."""
+    began, names = time.monotonic(), [f.name for f in fields(Config)]
+    folder, begun = flags.pop("resume", None), {}
+    if folder is not None:
+        begun = runs.read_config(folder, names)
+        runs.refuse_difference(folder / "config.json", begun, flags)
+        flags = begun_settings(begun)
     policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"))
-    cfg, origin = resolve(flags, policy)
+    cfg, origin = resolve(flags, policy.tools.family)
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     unseen = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
-    folder = new_folder(cfg.out)
-    for f in fields(Config):
-        print(f"{f.name:>16} = {getattr(cfg, f.name)!s:<12} {origin[f.name]}")
+    folder, origin = folder or runs.new_folder(cfg.out), begun.get("origin", origin)
+    for name in names:
+        print(f"{name:>16} = {getattr(cfg, name)!s:<12} {origin[name]}")
     if cfg.preset == "paper":
         print("Note: 1e-6 is the paper's rate for all weights; an adapter needs about ten times as much.")
-    write_json(folder / "config.json", asdict(cfg) | {"origin": origin, "versions": versions()})
+    for part in (part for part in cues.left_out if part.reasons):
+        print(part)
+    weights = {"weights": runs.fingerprint(policy.whole)}
+    if begun:
+        runs.refuse_difference(folder / "config.json", begun, weights)
+    else:
+        about = {"origin": origin, "versions": runs.versions()}
+        runs.write_json(folder / "config.json", asdict(cfg) | weights | about)
+    state = weights | {name: str(value) for name, value in asdict(cfg).items() if name != "out"}
+    try:
+        before_train_after(policy, cues, unseen, cfg, folder, state, began)
+    except (KeyboardInterrupt, runs.Stopped):
+        print(f"Stopped. It goes on with: python locus_mini.py --resume {folder}", file=sys.stderr)
+        sys.exit(130)
+
+
+def before_train_after(
+    policy: Policy, cues: Cues, unseen: Cues, cfg: Config, folder: Path, state: dict, began: float
+) -> None:
+    """Check, measure, train, measure again, and leave it all in the run folder."""
+    if (folder / "results.json").exists():
+        print(f"{folder} is complete: its results.json is there.")
+        return
+    runs.last_step(folder, state)
     policy = add_lora(policy, cfg.lora_rank, cfg.seed)
     first = [encode_cue(policy.tools, cues[i], cfg.source) for i in range(min(4, cfg.prompts))]
     checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
+    known, longest = Journal(folder / "answers.jsonl", state), cfg.max_new_tokens
     held = heldout.held_out(policy, unseen, cfg.eval_cues)
-    before = heldout.evaluate(policy, held, cfg.max_new_tokens, "before")
+    before = heldout.evaluate(policy, held, longest, "before", known)
     check.check_frame(policy, held, before)
-    floor = heldout.baselines(policy, held, cfg.max_new_tokens)
-    training = time.monotonic()
-    shown = train(policy, cues, cfg, folder)
-    training = time.monotonic() - training
-    policy.model.save_pretrained(folder / "adapter")
-    after = heldout.evaluate(policy, held, cfg.max_new_tokens, "after")
+    floor = heldout.baselines(policy, held, longest, known)
+    train(policy, cues, cfg, folder, state)
+    runs.save_adapter(policy.model, folder / "adapter")
+    after = heldout.evaluate(policy, held, longest, "after", known)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
-    if shown:
-        pictures.draw_group(shown, folder / "group.png")
     results = {"before": before.summary, "after": after.summary, "change": heldout.compare(before, after)}
     results |= {"baselines": floor, "self_check": checked, "seed": cfg.seed, "settings": asdict(cfg)}
+    training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open(encoding="utf-8"))
     results["seconds"] = {"training": round(training, 1), "all": round(time.monotonic() - began, 1)}
-    write_json(folder / "results.json", results)
+    results["left_out"] = {part.what: dict(part.reasons) for part in (*cues.left_out, *unseen.left_out)}
+    runs.write_json(folder / "results.json", results)
     print(heldout.table(before, after))
     print("cue search without searching (IoU): " + ", ".join(f"{k} {100 * v:.1f}" for k, v in floor.items()))
     print(f"{results['seconds']['all']:.0f} seconds; adapter, results.json and pictures are in {folder}")
 
 
-def read_flags(arguments: list[str] | None = None) -> dict[str, Any]:
-    """The flags that were given, by the name of their field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMAT, allow_abbrev=False)
-    for f in fields(Config):
-        note = f.metadata["note"] + ("" if f.default is None else f" (default {f.default})")
-        ways: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
-        if "bool" in str(f.type):
-            ways["action"] = argparse.BooleanOptionalAction
-        else:
-            ways["type"] = next(t for t in (int, float, Path, str) if t.__name__ in str(f.type))
-            ways["choices"] = f.metadata["choices"] or None
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **ways)
-    return vars(parser.parse_args(arguments))
-
-
 def main() -> None:
     try:
-        run(read_flags())
+        run(read_flags(__doc__))
     except UserError as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in runs.DISK_FULL:
+            raise
+        print(
+            f"{error.filename or 'A file'} cannot be written ({error.strerror}): make room, then --resume.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

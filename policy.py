@@ -75,15 +75,16 @@ def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None =
         four = cuda if load_in_4bit is None else load_in_4bit
         quantization = hf.BitsAndBytesConfig(**nf4) if four else None
         how = dict(dtype=dtype, quantization_config=quantization, attn_implementation="sdpa")
+        how |= dict(use_safetensors=True)  # a pickle could run anything
         model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        family = replace(family, box_frame=frame or family.box_frame, opening=opening(tokenizer))
         tools = Tools(tokenizer, hf.AutoImageProcessor.from_pretrained(folder), family, "")
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its repacked weights would pass no gradient on
             module.support_avx512bf16_for_cpu = False
-    tools.family = replace(family, box_frame=frame or family.box_frame, opening=opening(tokenizer))
     return make_policy(model.eval().requires_grad_(False), tools, device)
 
 
@@ -114,8 +115,9 @@ def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
 
 def load_adapter(policy: Policy, folder: Path) -> Policy:
     """The policy with a trained adapter from a folder in PEFT's format."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {folder} holds no adapter_config.json: give the adapter folder of a run.")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"--adapter {folder} holds no {name}: give the adapter folder of a run.")
     try:
         return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
     except (OSError, RuntimeError, ValueError) as error:
@@ -252,9 +254,9 @@ def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, gener
 
 def texts(policy: Policy, roll: Rollout) -> list[list[str]]:
     """The answers, B × G, as the reward reads them: with the family's opening, without special tokens."""
-    opening, decode = policy.tools.family.opening, policy.tools.tokenizer.decode
+    begun, decode = policy.tools.family.opening, policy.tools.tokenizer.decode
     rows = zip(roll.tokens.cpu(), roll.mask.cpu(), strict=True)
-    return [[opening + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
+    return [[begun + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
 
 
 # ---------------------------------------------------------------- scoring a group in one pass

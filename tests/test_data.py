@@ -398,7 +398,7 @@ def test_an_empty_set_says_what_was_dropped(corpus, tmp_path):
     corpus.box(image, 300, 30, 20, 20)
     with pytest.raises(UserError, match=r"3 crowds") as raised:
         corpus.open()
-    assert "1 in images of the other split" in str(raised.value) and "1 outside" in str(raised.value)
+    assert "1 of the other split" in str(raised.value) and "1 outside" in str(raised.value)
 
 
 @pytest.mark.parametrize("source", ["object", "text"])
@@ -589,7 +589,7 @@ WRONG = {  # what is typed after `show`, and what the sentence must name
     "COCO list.json": "list.json",
     "COCO captions.json": "captions.json",
     "COCO binary.json": "binary.json",
-    "COCO nan.json": "of 1 boxes left out: 1 outside",
+    "COCO nan.json": "1 that are not four numbers",
     "COCO empty.json": "empty.json",
     "COCO empty.json --images nowhere": "--images nowhere",
     "COCO empty.json --exclude no.txt": "no.txt",
@@ -608,7 +608,7 @@ WRONG = {  # what is typed after `show`, and what the sentence must name
 @pytest.mark.parametrize(("typed", "says"), WRONG.items())
 def test_wrong_use_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, typed, says):
     (tmp_path / "images").mkdir()
-    image = {"id": an_id(False), "file_name": "a.jpg", "width": 9, "height": 9}
+    image = {"id": an_id(False), "file_name": "a.jpg", "width": 90, "height": 90}
     nan = {"id": 1, "image_id": image["id"], "category_id": 1, "iscrowd": 0, "bbox": [math.nan, 0, 1, 1]}
     caption = {"id": 1, "image_id": image["id"], "caption": "a cat"}
     kinds = [{"id": 1, "name": "cat"}]

@@ -16,7 +16,7 @@ import scenes
 from data import CueConfig, SceneCues, UserError
 from heldout import answers
 from policy import load_adapter, load_policy
-from prompts import encode
+from prompts import FAMILIES, encode
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "3", "--prompts", "4", "--group", "8", "--eval-cues", "6", "--show-every", "2"]
@@ -208,8 +208,8 @@ def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
 
 
 def test_presets_are_flags_that_flags_override():
-    policy = load_policy("tiny", load_in_4bit=False)
-    cfg, origin = locus_mini.resolve({"preset": "paper", "group": 4}, policy)
+    family = FAMILIES["tiny"]
+    cfg, origin = locus_mini.resolve({"preset": "paper", "group": 4}, family)
     assert (cfg.lr, cfg.kl, cfg.group, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
         1e-6,
         0.01,
@@ -221,4 +221,4 @@ def test_presets_are_flags_that_flags_override():
     assert cfg.prompts // cfg.updates == 128
     assert (origin["lr"], origin["group"], origin["alpha"]) == ("preset paper", "flag", "default")
     with pytest.raises(UserError, match="--clip-low"):
-        locus_mini.resolve({"clip_low": -1.0}, policy)
+        locus_mini.resolve({"clip_low": -1.0}, family)
