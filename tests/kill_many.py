@@ -3,7 +3,7 @@
     python tests/kill_many.py [--kills 50] [--seed 0]
 
 After each kill the run is resumed; when it is complete another one begins. At the end every run must be the
-same, to the last bit, as one that was left alone. The ordinary tests kill three times; this takes ten minutes.
+same, to the last bit, as one that was left alone. The ordinary tests kill three times; this takes longer.
 """
 
 import argparse
