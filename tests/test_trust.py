@@ -1,0 +1,88 @@
+"""Nothing that a user downloads can run code, or read and write outside its folder."""
+
+import json
+import pickle
+import re
+import shutil
+import sys
+from base64 import b64encode
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noise
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import eval as evaluation
+from data import UserError
+from policy import add_lora, load_adapter, load_policy
+
+ROOT = Path(__file__).parents[1]
+
+
+class Evil:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_model_of_pickles_is_refused(tmp_path):
+    shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with (tmp_path / "model" / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(Evil(tmp_path / "was run"), file)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_policy(str(tmp_path / "model"), load_in_4bit=False)
+    assert not (tmp_path / "was run").exists()
+
+
+def test_a_model_that_brings_code_does_not_get_to_run_it(tmp_path):
+    folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "model"))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Config: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    load_policy(str(folder), load_in_4bit=False)  # transformers' own class of that name, and nothing else
+    assert not (tmp_path / "was run").exists()
+
+
+def test_an_adapter_of_pickles_is_refused(tmp_path):
+    policy = add_lora(load_policy("tiny", load_in_4bit=False), 2)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights) | {"x": Evil(tmp_path / "was run")}, weights.with_name("adapter_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
+        load_adapter(load_policy("tiny", load_in_4bit=False), tmp_path / "adapter")
+    assert not (tmp_path / "was run").exists()
+    assert not isinstance(policy.whole, PeftModel)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil-index", "..\\evil", "a/b\0c", "con"])
+def test_a_table_cannot_make_the_program_write_outside_its_folder(name, tmp_path, monkeypatch):
+    table = tmp_path / "data" / "MMStar.tsv"
+    table.parent.mkdir()
+    file = BytesIO()
+    noise((64, 64), 0).save(file, "PNG")
+    header = "index\timage\tquestion\tA\tB\tanswer\tcategory\n"
+    cells = [name, b64encode(file.getvalue()).decode(), "What?", "a", "b", "A", name]
+    table.write_text(header + "\t".join(cells) + "\n")
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["eval.py", "mmstar", "--data", str(table), "--out", str(out)])
+    evaluation.main()
+    assert {path for path in tmp_path.rglob("*") if out not in path.parents} == before | {out}
+    assert {path.name for path in out.iterdir()} == {"answers.jsonl", "results.json"}
+
+
+def test_no_file_of_ours_loads_what_could_be_code():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code" not in text and "pickle.load" not in text, path
+        assert not re.search(r"(?<![\w.])(eval|exec)\(", text), path
+        loads = re.findall(r"torch\.load\([^)]*\)", text)
+        assert all("weights_only=True" in call for call in loads), path
