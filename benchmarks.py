@@ -25,7 +25,7 @@ from statistics import fmean
 
 from PIL import Image
 
-from data import UserError
+from photos import FORMATS, UserError
 from prompts import BoxFrame
 from replies import box_of, choice_of, contains, parts, yes_no
 from reward import iou
@@ -208,7 +208,7 @@ def pictures(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[Ima
                 else:
                     data = base64.b64decode(part.rpartition(",")[2])  # behind the head of a "data:" address
                 # Not turned as EXIF says: boxes and official scores refer to the pixels as stored.
-                out.append(Image.open(io.BytesIO(data)).convert("RGB"))
+                out.append(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}, index {row['index']}, lacks a picture ({error}): get it again.") from None
     return out

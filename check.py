@@ -90,14 +90,15 @@ def check_frame(policy: Policy, held: HeldOut, scores: Scores) -> None:
 
 def diverged(history: list[dict]) -> bool:
     """Whether the last five steps all had a loss or a gradient that is not finite."""
-    return len(history) >= 5 and all(metrics["skipped"] > 0 for metrics in history[-5:])
+    return len(history) >= 5 and all(metrics["skipped"] == 1 for metrics in history[-5:])
 
 
 def watch(history: list[dict], kl_limit: float) -> list[str]:
     """Warnings about the last step, each when its reason begins; about groups all alike every 20 steps."""
     one, before, out = history[-1], history[-2] if len(history) > 1 else {}, []
     if one["skipped"] > 0:
-        out.append("a loss or gradient was not finite, so the weights stay as they were")
+        share = f"{one['skipped']:.0%} of the step's updates"
+        out.append(f"a loss or gradient was not finite, so {share} changed nothing")
     if one["truncated"] > 0.1 >= before.get("truncated", 0):
         out.append(f"{one['truncated']:.0%} of the answers cut; raise --max-new-tokens")
     if one["kl"] > kl_limit >= before.get("kl", 0):

@@ -31,13 +31,14 @@ class Journal(dict):
             lines = [json.loads(line) for line in whole.splitlines()]
             begun, pairs = (lines[0] if lines else settings), [(str(key), value) for key, value in lines[1:]]
             differ = [name for name in settings | begun if settings.get(name) != begun.get(name)]
+            differ = [f"{name}: {begun.get(name)}, not {settings.get(name)}" for name in differ]
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no journal of answers ({error}): give another --out.") from None
         if differ:
             raise UserError(
-                f"{path} was begun with other settings ({', '.join(differ)}): give another --out."
+                f"{path} was begun with other settings ({', '.join(differ)}): give those, or another folder."
             )
         self.file = path.open("r+b" if path.exists() else "w+b")
         self.file.truncate(len(whole))

@@ -8,6 +8,7 @@ A step: rollout → rewards → group_advantages → token_logps (policy, refere
 
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import asdict, fields
@@ -23,7 +24,7 @@ import heldout
 import pictures
 import runs
 from data import CueConfig, Cues, UserError, encode_cue, open_cues
-from journal import Journal
+from journal import Journal, fingerprint
 from policy import Policy, add_lora, collate, load_policy, rollout, texts, token_logps
 from reward import reward
 from settings import Config, begun_settings, read_flags, resolve
@@ -228,15 +229,18 @@ def run(flags: dict[str, Any]) -> None:
         print("Note: 1e-6 is the paper's rate for all weights; an adapter needs about ten times as much.")
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
-    weights = {"weights": runs.fingerprint(policy.whole)}
+    paths = [path for path in (*files.values(), Path(cfg.data)) if path and path.exists()]
+    inputs = {f"{path} as of": fingerprint(path) for path in paths if str(path) not in ("scenes", "coco")}
+    about = {"weights": runs.fingerprint(policy.whole)} | inputs
     if begun:
-        runs.refuse_difference(folder / "config.json", begun, weights)
+        runs.refuse_difference(folder / "config.json", begun, about)
     else:
-        about = {"origin": origin, "versions": runs.versions()}
-        runs.write_json(folder / "config.json", asdict(cfg) | weights | about)
-    state = weights | {name: str(value) for name, value in asdict(cfg).items() if name != "out"}
+        more = {"origin": origin, "versions": runs.versions()}
+        runs.write_json(folder / "config.json", asdict(cfg) | about | more)
+    state = about | {name: str(value) for name, value in asdict(cfg).items() if name != "out"}
     try:
-        before_train_after(policy, cues, unseen, cfg, folder, state, began)
+        with runs.at_work(folder):
+            before_train_after(policy, cues, unseen, cfg, folder, state, began)
     except (KeyboardInterrupt, runs.Stopped):
         print(f"Stopped. It goes on with: python locus_mini.py --resume {folder}", file=sys.stderr)
         sys.exit(130)
@@ -275,19 +279,21 @@ def before_train_after(
 
 
 def main() -> None:
+    flags, usual = read_flags(__doc__), signal.signal(signal.SIGTERM, runs.interrupt)
     try:
-        run(read_flags(__doc__))
+        run(flags)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in runs.DISK_FULL:
-            raise
-        print(
-            f"{error.filename or 'A file'} cannot be written ({error.strerror}): make room, then --resume.",
-            file=sys.stderr,
-        )
+        what = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})"
+        print(f"{what}: make room or allow it, then start again with --resume.", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped, before anything was done.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 if __name__ == "__main__":

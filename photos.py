@@ -1,7 +1,6 @@
 """Photos and annotations as they are found: whatever cannot be used is left out and counted, never fatal."""
 
 import json
-import math
 import sys
 import zlib
 from collections import Counter
@@ -18,6 +17,7 @@ from scenes import Box
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LEAST_SIDE = 16  # pixels: the paper's smallest crop
 NARROWEST = 200  # times as long as wide: image processors take no more
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, EPS would be run by a program
 MOST_PIXELS = 2**27  # 400 MB of pixels; a small file can claim to hold terabytes
 
 
@@ -59,7 +59,7 @@ class LeftOut:
 def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """RGB pixels: raw if of the `size` that boxes refer to, else turned as EXIF says. Unfit says why not."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Unfit(f"larger than {MOST_PIXELS:,} pixels")
             if min(image.size) < LEAST_SIDE:
@@ -88,14 +88,14 @@ class Photos:
 
     folder: Path
     left_out: LeftOut
-    unfit: set[str] = field(default_factory=set)
+    unfit: set[tuple] = field(default_factory=set)
 
     def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
-        if name not in self.unfit:
+        if (name, size) not in self.unfit:
             try:
                 return load_image(self.folder / name, size)
             except Unfit as why:
-                self.unfit.add(name)
+                self.unfit.add((name, size))
                 self.left_out.add(str(why))
                 self.left_out.warn()
         return None
@@ -103,7 +103,7 @@ class Photos:
 
 def in_split(name: int | str, split: str, one_in: int) -> bool:
     """A share of the images is held out, by name: whatever the seed, no training cue ever comes from them."""
-    return (zlib.crc32(str(name).encode()) % one_in == 0) == (split != "train")
+    return (zlib.crc32(str(name).encode(errors="surrogatepass")) % one_in == 0) == (split != "train")
 
 
 def open_folder(folder: Path, split: str) -> tuple[list[str], Photos]:
@@ -139,7 +139,7 @@ class Annotated:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e9  # false of a NaN too
 
 
 def why_no_photo(photo: Any, photos: dict) -> str:
@@ -149,7 +149,7 @@ def why_no_photo(photo: Any, photos: dict) -> str:
     name, size = photo.get("file_name"), (photo.get("width"), photo.get("height"))
     if photo["id"] in photos:
         return "whose id stands twice"
-    if not isinstance(name, str) or not all(map(is_number, size)):
+    if not isinstance(name, str) or not all(is_number(side) and side == int(side) for side in size):
         return "without name, width and height"
     if any(".." in kind(name).parts or kind(name).anchor for kind in (PurePosixPath, PureWindowsPath)):
         return "outside their folder"
@@ -184,7 +184,7 @@ def index_coco(text: str, name: str, split: str, excluded: set[int], texts: dict
         if why := why_no_photo(photo, photos):
             left_out[0].add(why)
         else:
-            photos[photo["id"]] = photo["file_name"], (photo["width"], photo["height"])
+            photos[photo["id"]] = photo["file_name"], (int(photo["width"]), int(photo["height"]))
     for row in data["annotations"]:
         if why := why_no_box(row, photos, seen):
             left_out[1].add(why)

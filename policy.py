@@ -64,8 +64,9 @@ def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None =
     folder, cuda = model_folder(name), torch.cuda.is_available()
     half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
     dtype, device = (half, torch.device("cuda")) if cuda else (torch.float32, torch.device("cpu"))
+    safe = dict(trust_remote_code=False)  # unset, transformers asks whether to run a model's own code
     try:
-        config = hf.AutoConfig.from_pretrained(folder)
+        config = hf.AutoConfig.from_pretrained(folder, **safe)
         kind = getattr(config, "locus_family", config.model_type)
         if kind not in FAMILIES and frame is None:
             raise UserError(f"--model {name} is of the unknown family {kind}: name its --box-frame.")
@@ -73,13 +74,12 @@ def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None =
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
         four = cuda if load_in_4bit is None else load_in_4bit
-        quantization = hf.BitsAndBytesConfig(**nf4) if four else None
-        how = dict(dtype=dtype, quantization_config=quantization, attn_implementation="sdpa")
-        how |= dict(use_safetensors=True)  # a pickle could run anything
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how)
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        how = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if four else None)
+        how |= dict(attn_implementation="sdpa", use_safetensors=True)  # a pickle could run anything
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how, **safe)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **safe)
         family = replace(family, box_frame=frame or family.box_frame, opening=opening(tokenizer))
-        tools = Tools(tokenizer, hf.AutoImageProcessor.from_pretrained(folder), family, "")
+        tools = Tools(tokenizer, hf.AutoImageProcessor.from_pretrained(folder, **safe), family, "")
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     for module in model.modules():
@@ -240,6 +240,8 @@ def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, gener
         if generator is None:
             token = logps.argmax(-1)  # [B, G]
         else:
+            if not hidden.isfinite().all():  # multinomial would raise, on a GPU beyond repair
+                raise UserError(f"The model's states are not finite in {hidden.dtype}: load it in another.")
             token = torch.multinomial(logps.exp().flatten(0, 1), 1, generator=generator).view_as(alive)
         steps.append((token, alive, logps.gather(-1, token[..., None])[..., 0] * alive))
         alive = alive & ~torch.isin(token, policy.stop_ids)

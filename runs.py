@@ -7,7 +7,6 @@ checkpoints/step-N  adapter and optimizer after N steps; the last two
 adapter, results.json, pictures: at the end
 """
 
-import errno
 import json
 import os
 import platform
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import which
@@ -30,8 +31,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import UserError
-
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class Stopped(Exception):
@@ -58,6 +57,12 @@ def write_json(path: Path, content: dict) -> None:
     sync(path.parent)
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Of the files that hold tensors."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    return {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+
+
 def save_adapter(
     model: peft.PeftModel, folder: Path, optimizer: Any = None, state: dict | None = None
 ) -> None:
@@ -72,6 +77,7 @@ def save_adapter(
         model.save_pretrained(new)
         if optimizer is not None:
             torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            state = state | checksums(new)
             (new / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*new.iterdir(), new):
             sync(path)
@@ -90,7 +96,7 @@ def save_adapter(
 def new_folder(out: Path | None) -> Path:
     """The run folder that was asked for, if it holds no run yet, or a new one under runs/."""
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if (out / "config.json").exists():
+    if any((out / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
         raise UserError(
             f"--out {out} already holds a run: go on with --resume {out}, or give another folder."
         )
@@ -101,12 +107,28 @@ def new_folder(out: Path | None) -> Path:
     return out
 
 
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """One process at a time in a run folder; the lock goes with the process, however that ends."""
+    if os.name == "nt":  # which has no flock
+        yield
+        return
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is at work in {folder}: stop it, or wait for it.") from None
+        yield
+
+
 def read_config(folder: Path, names: list[str]) -> dict[str, Any]:
-    """What a run wrote before anything else: its settings by name, their origin, the model's fingerprint."""
+    """What a run wrote before anything else: its settings by name, their origin, what it works on."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {name: config[name] for name in (*names, "origin", "weights")}
+        return config | {name: config[name] for name in (*names, "origin", "weights")}
     except OSError:
         raise UserError(f"--resume {folder} holds no config.json: give the folder of a run.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -163,7 +185,7 @@ def last_step(folder: Path, state: dict) -> int:
         saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
         refuse_difference(found[-1], saved, state)
         return int(saved["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{found[-1]} is damaged ({error!r}): delete it to go on from the one before."
         ) from None
@@ -171,15 +193,22 @@ def last_step(folder: Path, state: dict) -> int:
 
 def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: dict) -> int:
     """The last checkpoint into model and optimizer; returns its step, 0 where there is none yet."""
+    for torn in folder.glob("checkpoints/*.new"):  # by a kill
+        shutil.rmtree(torn, ignore_errors=True)
     if not (step := last_step(folder, state)):
         return 0
     last, device = checkpoints(folder)[-1], next(model.parameters()).device
     try:
+        saved = json.loads((last / "state.json").read_text(encoding="utf-8"))
+        if bad := [name for name, crc in checksums(last).items() if saved[name] != crc]:
+            raise ValueError(f"{bad[0]} is not as it was written")
         peft.set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors", str(device)))
         moments = torch.load(last / "optimizer.pt", weights_only=True, map_location=device)
         optimizer.load_state_dict(moments)
         return step
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (FileNotFoundError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{last} is damaged ({why}): delete it to go on from the one before.") from None
 
@@ -200,8 +229,14 @@ def open_metrics(folder: Path, steps: int) -> tuple[TextIO, list[dict]]:
         raise UserError(f"{path} lacks some of the {steps} steps of the last checkpoint: begin a new run.")
     new = path.with_name("metrics.jsonl.new")
     new.write_bytes(b"".join(lines))
+    sync(new)
     new.replace(path)
     return path.open("a", encoding="utf-8"), known
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A SIGTERM as what Ctrl-C is."""
+    raise KeyboardInterrupt
 
 
 class Interruption:

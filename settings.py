@@ -31,7 +31,7 @@ class Config:
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card in a weekend", ("", "paper", "qlora"))
-    steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
+    steps: int = setting(240, "rollouts; paper: about 400 optimizer steps")
     prompts: int | None = setting(None, "prompts a rollout; paper: 512", low=1)
     group: int = setting(8, "answers a prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
@@ -44,7 +44,7 @@ class Config:
     weight_decay: float = setting(0.01, "AdamW's; paper")
     max_grad_norm: float = setting(1.0, "clipping of the gradient norm; paper")
     loss: str = setting("token_mean", "how tokens are averaged; paper: token_mean", LOSSES)
-    kl: float = setting(0.02, "coefficient of the KL to the reference; paper: 0.01")
+    kl: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "the ratio's lower clip; paper's framework")
     clip_high: float = setting(0.3, "the ratio's upper clip; paper's framework")
     dual_clip: float = setting(3.0, "the ratio's bound at negative advantages; paper's framework", low=1)
@@ -55,7 +55,7 @@ class Config:
     seed: int = setting(0, "of cues, adapter and sampling; ours")
     kl_limit: float = setting(1.0, "mean KL of a step, nats a token, above which there is a warning; ours")
     save_every: int = setting(20, "steps between checkpoints; ours", low=1)
-    eval_cues: int = setting(1000, "held-out cues before and after; paper: 500", low=1)
+    eval_cues: int = setting(600, "held-out cues before and after; paper: 500", low=1)
     show_every: int = setting(30, "steps between completions on the screen, 0 for none; ours")
 
 
@@ -84,12 +84,6 @@ def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, st
     return cfg, origin
 
 
-def begun_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a run's config.json as flags, by which it resolves to the same Config again."""
-    kinds = {f.name: str(f.type) for f in fields(Config) if config[f.name] is not None}
-    return {name: Path(config[name]) if "Path" in kind else config[name] for name, kind in kinds.items()}
-
-
 def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]:
     """The flags that were given, by the name of their field of Config."""
     parser = argparse.ArgumentParser(description=about, formatter_class=FORMAT, allow_abbrev=False)
@@ -105,3 +99,15 @@ def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]
     resume = "folder of a run that was stopped: goes on with it, by the same settings"
     parser.add_argument("--resume", type=Path, default=argparse.SUPPRESS, help=resume)
     return vars(parser.parse_args(arguments))
+
+
+def begun_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a run's config.json as flags, by which it resolves to the same Config again."""
+    arguments = []
+    for f in fields(Config):
+        flag, value = f.name.replace("_", "-"), config[f.name]
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments.append(f"--{flag}={value}")
+    return read_flags("", arguments)

@@ -5,8 +5,8 @@
 1. vision: throw-away heads on every image token learn what thing has its centre there, and where its box is;
 2. language: over the frozen tower, whose tokens are computed once, the text model learns to answer about one
    to four things;
-3. few things: the same about one or two, with a strong weight decay, under which what only crowds need fades:
-   the visual context rot that LOCUS is to mend;
+3. few things: the same about one, seldom two, with a strong weight decay, under which fades what only crowds
+   need: the visual context rot that LOCUS is to mend;
 4. two images: the same while the rate falls, and a third of the finding turns also carry a crop of something.
 Cue search, which LOCUS trains, it never sees. Started again, the build goes on from its last saved minute.
 """
@@ -243,7 +243,7 @@ def main() -> None:
     build.start_language()
     speaking = list(model.model.language_model.parameters())
     build.train("language", 1.2e-3, speaking, build.language_loss, fall=False, things=(1, 2, 3, 4))
-    few = 7 * (1,) + 3 * (2,)
+    few = 9 * (1,) + (2,)
     build.train("few things", 1.2e-3, speaking, build.finding_loss, fall=False, things=few, decay=0.7)
     build.train("two images", 1.2e-3, speaking, partial(build.finding_loss, crop_share=1 / 3), things=few)
     model.config.locus_family = "tiny"

@@ -36,6 +36,14 @@ def end_of(folder: Path) -> tuple:
     return lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes(), kept
 
 
+def writes(folder: Path, began: float) -> bool:
+    """Whether a checkpoint is being written; what an earlier kill has left is older."""
+    try:
+        return any(path.stat().st_mtime > began for path in folder.glob("checkpoints/*.new/*"))
+    except FileNotFoundError:
+        return False
+
+
 def state_of(folder: Path) -> tuple[int, int]:
     """Steps of the last checkpoint, and whole lines of metrics.jsonl: these must be steps 0, 1, 2 …"""
     saved = sorted(p for p in folder.glob("checkpoints/step-*") if p.suffix != ".new")
@@ -57,9 +65,10 @@ def main() -> None:
     run, writing, repeated = folder / "run", 0, []
     for kill in tqdm(range(args.kills), desc="kills"):
         begun = (run / "config.json").exists()
+        began = time.time()
         process = start(*(("--resume", run) if begun else ("--out", run, *SMALL)))
         if kill % 3 == 2:  # in the middle of a checkpoint
-            while process.poll() is None and not any(run.glob("checkpoints/*.new/*")):
+            while process.poll() is None and not writes(run, began):
                 time.sleep(0.0005)
             writing += process.poll() is None
         else:

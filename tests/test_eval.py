@@ -111,7 +111,7 @@ def test_other_settings_refuse_to_go_on(vstar, tmp_path, capsys):
     assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 2)[0] == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
     assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 3)[0] == 2
-    assert "other settings (n)" in capsys.readouterr().err
+    assert "other settings (n:" in capsys.readouterr().err
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 

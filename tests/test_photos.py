@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import struct
 import sys
 import zlib
@@ -43,6 +44,10 @@ BAD = {  # name: content, why it cannot be used
     "strip.png": (jpeg((16, 4000), 0), "over 200 times as long as wide"),
     "bomb.png": (huge_png(20_000), "larger than 134,217,728 pixels"),
     "worse.png": (huge_png(2**31 - 1), "larger than 134,217,728 pixels"),
+    "script.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n",
+        "broken, or no picture",
+    ),
     "missing.jpg": (None, "missing"),
 }
 
@@ -81,6 +86,30 @@ def test_another_cue_takes_the_place_the_same_for_the_same_seed(tmp_path, capsys
     assert said.count("warning: more than 1 % cannot be used") == 2, "once for each of the two"
 
 
+def test_a_picture_is_never_run_as_a_program(tmp_path, monkeypatch):
+    (tmp_path / "script.jpg").write_bytes(BAD["script.jpg"][0])
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    with pytest.raises(Unfit):
+        load_image(tmp_path / "script.jpg")
+
+
+def test_names_that_are_no_text_are_names(tmp_path):
+    for i in range(30):
+        noise(SIZE, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/%d\xff.png" % i))
+    cue = FolderCues(tmp_path, CueConfig(), "train", 0)[0]
+    assert cue.image.size == SIZE
+    assert index([IMAGE | {"id": "\ud800"}, IMAGE], [BOX])[0], "an id of half a character"
+
+
+def test_two_entries_of_one_file_do_not_hang_on_who_comes_first(tmp_path):
+    """One has the wrong size: it alone is unfit, whichever was touched first."""
+    noise(SIZE, 0).save(tmp_path / "1.png")
+    photos = Photos(tmp_path, LeftOut("images", 1))
+    assert photos.open("1.png", (999, 999)) is None
+    assert photos.open("1.png", SIZE) is not None
+
+
 def test_all_dropped_is_an_error_that_counts_them(tmp_path, capsys):
     for i in range(12):
         (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
@@ -114,6 +143,9 @@ BAD_IMAGES = {
         IMAGE | {"id": 3, "height": None},
         IMAGE | {"id": 4, "width": math.nan},
         IMAGE | {"id": 5, "file_name": 7},
+        IMAGE | {"id": 6, "width": 320.5},
+        IMAGE | {"id": 7, "width": 10**300, "height": 10**300},
+        IMAGE | {"id": 8, "height": 1e308},
     ],
     "outside their folder": [
         IMAGE | {"id": 2, "file_name": "../secret.png"},
@@ -140,6 +172,7 @@ BAD_BOXES = {
         BOX | {"id": 5, "bbox": [10, math.inf, 20, 20]},
         BOX | {"id": 6, "bbox": None},
         BOX | {"id": 7, "bbox": [10, 10, True, 20]},
+        BOX | {"id": 8, "bbox": [10, 10, 10**400, 20]},
     ],
     "empty or inverted": [BOX | {"id": 2, "bbox": [50, 50, -20, 20]}, BOX | {"id": 3, "bbox": [9, 9, 9, 0]}],
     "outside their image": [BOX | {"id": 2, "bbox": [320, 0, 9, 9]}, BOX | {"id": 3, "bbox": [-9, 0, 9, 9]}],
@@ -178,7 +211,7 @@ def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monke
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": []}))
     opened, usual = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path)) or usual(path))
+    monkeypatch.setattr(Image, "open", lambda path, **ways: opened.append(Path(path)) or usual(path, **ways))
     cues = CocoCues(file, tmp_path / "images", CueConfig(tiny_ratio=0), "train", 0)
     assert all(cues[i].image.size == SIZE for i in range(20))
     assert set(opened) == {tmp_path / "images" / "1.png"}
@@ -187,7 +220,7 @@ def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monke
 def test_a_picture_is_opened_once_to_be_found_unfit(tmp_path, monkeypatch):
     photos, usual = Photos(tmp_path, LeftOut("images", 1)), Image.open
     tries = []
-    monkeypatch.setattr(Image, "open", lambda path: tries.append(path) or usual(path))
+    monkeypatch.setattr(Image, "open", lambda path, **ways: tries.append(path) or usual(path, **ways))
     assert [photos.open("none.png") for _ in range(3)] == [None] * 3
     assert len(tries) == 1 and photos.left_out.reasons == {"missing": 1}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import noise
 
 import check
 import heldout
@@ -157,6 +158,13 @@ def test_what_a_kill_tore_is_done_again(begun, monkeypatch, capsys, whole):
     assert not list(begun.glob("checkpoints/*.new"))
 
 
+def flip(path: Path) -> None:
+    """One bit in the middle, as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -172,9 +180,12 @@ def test_without_a_checkpoint_it_starts_at_step_0(begun, monkeypatch, capsys, wh
     [
         (lambda run: None, ["--lr", "0.5"], ["lr", "0.0007", "0.5"]),
         (lambda run: None, ["--steps", "30"], ["steps", "20", "30"]),
-        (lambda run: edit(run / "config.json", kl=0.5), [], ["step-000010", "kl", "0.02", "0.5"]),
+        (lambda run: edit(run / "config.json", kl=0.5), [], ["step-000010", "kl", "0.04", "0.5"]),
         (lambda run: edit(run / "config.json", weights="12345678"), [], ["weights", "12345678"]),
         (lambda run: (run / "config.json").unlink(), [], ["config.json"]),
+        (lambda run: edit(run / "config.json", steps="twenty"), [], ["--steps", "twenty"]),
+        (lambda run: edit(run / "config.json", preset="weekend"), [], ["--preset", "weekend"]),
+        (lambda run: flip(run / "checkpoints/step-000010/adapter_model.safetensors"), [], ["not as it was"]),
         (lambda run: (run / "config.json").write_text("{}"), [], ["config.json"]),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 0}\n'), [], ["metrics.jsonl"]),
         (lambda run: (run / "checkpoints/step-000010/optimizer.pt").write_bytes(b"x"), [], ["step-000010"]),
@@ -198,6 +209,28 @@ def test_a_damaged_checkpoint_leaves_the_one_before(begun, monkeypatch, capsys, 
     shutil.rmtree(begun / "checkpoints/step-000010")
     assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 0
     assert_the_same_end(begun, whole)
+
+
+def test_changed_data_refuse(tmp_path, monkeypatch, capsys):
+    for i in range(30):
+        noise((320, 240), i).save(tmp_path / f"{i}.png")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(locus_mini, "train", stopped)
+    out = tmp_path / "run"
+    code, said = in_process(monkeypatch, capsys, "--out", out, "--data", tmp_path, *SMALL)
+    assert code == 130, said
+    noise((320, 240), 99).save(tmp_path / "7.png")
+    code, said = in_process(monkeypatch, capsys, "--resume", out)
+    assert code == 2 and "as of" in said
+
+
+def test_two_processes_do_not_share_a_run(begun, monkeypatch, capsys):
+    with runs.at_work(begun):
+        code, said = in_process(monkeypatch, capsys, "--resume", begun)
+    assert code == 2 and "at work" in said
 
 
 def test_out_on_a_run_names_resume(begun, monkeypatch, capsys):
@@ -242,9 +275,11 @@ def test_a_second_interrupt_stops_at_once(begun):
     assert [path.name for path in runs.checkpoints(begun)] == ["step-000008", "step-000010"]
 
 
-def test_an_interrupt_says_how_to_go_on_wherever_it_comes(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_go_on_wherever_it_comes(number, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(10)
 
     monkeypatch.setattr(heldout, "evaluate", interrupted)
     code, said = in_process(monkeypatch, capsys, "--out", tmp_path / "run", *SMALL)
@@ -316,6 +351,8 @@ class Evil:
 def test_a_pickle_in_a_checkpoint_is_never_run(begun, tmp_path, monkeypatch, capsys):
     with (begun / "checkpoints/step-000010/optimizer.pt").open("wb") as file:
         pickle.dump(Evil(tmp_path / "was run"), file)
+    last = begun / "checkpoints/step-000010"
+    edit(last / "state.json", **runs.checksums(last))
     code, said = in_process(monkeypatch, capsys, "--resume", begun)
     assert code == 2 and "damaged" in said
     assert not (tmp_path / "was run").exists()

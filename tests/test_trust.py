@@ -40,13 +40,19 @@ def test_a_model_of_pickles_is_refused(tmp_path):
     assert not (tmp_path / "was run").exists()
 
 
-def test_a_model_that_brings_code_does_not_get_to_run_it(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3_vl", "a kind of its own"])
+def test_a_model_that_brings_code_does_not_get_to_run_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
     folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "model"))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Config: pass\n")
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    load_policy(str(folder), load_in_4bit=False)  # transformers' own class of that name, and nothing else
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    if kind == "qwen3_vl":
+        load_policy(str(folder), load_in_4bit=False)  # transformers' own class of that name
+    else:
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_policy(str(folder), load_in_4bit=False)
     assert not (tmp_path / "was run").exists()
 
 
@@ -62,27 +68,30 @@ def test_an_adapter_of_pickles_is_refused(tmp_path):
     assert not isinstance(policy.whole, PeftModel)
 
 
-@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil-index", "..\\evil", "a/b\0c", "con"])
+@pytest.mark.parametrize("name", ["../evil", "../../evil", "FOLDER/evil", "..\\evil", "a/b\0c", "con"])
 def test_a_table_cannot_make_the_program_write_outside_its_folder(name, tmp_path, monkeypatch):
     table = tmp_path / "data" / "MMStar.tsv"
     table.parent.mkdir()
     file = BytesIO()
     noise((64, 64), 0).save(file, "PNG")
     header = "index\timage\tquestion\tA\tB\tanswer\tcategory\n"
+    name = name.replace("FOLDER", str(tmp_path))
     cells = [name, b64encode(file.getvalue()).decode(), "What?", "a", "b", "A", name]
     table.write_text(header + "\t".join(cells) + "\n")
+    out = tmp_path / "some" / "where" / "out"
+    out.mkdir(parents=True)
     before = set(tmp_path.rglob("*"))
-    out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["eval.py", "mmstar", "--data", str(table), "--out", str(out)])
     evaluation.main()
-    assert {path for path in tmp_path.rglob("*") if out not in path.parents} == before | {out}
+    assert {path for path in tmp_path.rglob("*") if out not in path.parents} == before
     assert {path.name for path in out.iterdir()} == {"answers.jsonl", "results.json"}
 
 
 def test_no_file_of_ours_loads_what_could_be_code():
     for path in ROOT.glob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert "trust_remote_code" not in text and "pickle.load" not in text, path
+        assert set(re.findall(r"trust_remote_code=(\w+)", text)) <= {"False"}, path
+        assert "pickle.load" not in text, path
         assert not re.search(r"(?<![\w.])(eval|exec)\(", text), path
         loads = re.findall(r"torch\.load\([^)]*\)", text)
         assert all("weights_only=True" in call for call in loads), path
