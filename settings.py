@@ -31,7 +31,7 @@ class Config:
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card in a weekend", ("", "paper", "qlora"))
-    steps: int = setting(240, "rollouts; paper: about 400 optimizer steps")
+    steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
     prompts: int | None = setting(None, "prompts a rollout; paper: 512", low=1)
     group: int = setting(8, "answers a prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
