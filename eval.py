@@ -68,7 +68,7 @@ def beginning(question: Question) -> str:
 def scenes_task(run: Run) -> dict[str, Any]:
     """Cue search, finding, questions, suppression, grounding and attention on scenes."""
     policy, tools = run.policy, run.policy.tools
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), run.args.n or 1000)
+    held = held_out(policy, SceneCues(CueConfig(), "heldout", run.args.seed), run.args.n or 1000)
     asked, boxes = [q for _, q in held.asked], [[q.box] for _, q in held.asked]
     finds, begun = [], []
     for item, q in zip(held.question_items, asked, strict=True):
@@ -220,6 +220,9 @@ def read_flags() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
     parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the held-out scenes; training measures on 0's"
+    )
     parser.add_argument("--max-new-tokens", type=int, help="longest answer")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
