@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -239,6 +238,10 @@ def test_out_on_a_run_names_resume(begun, monkeypatch, capsys):
 
 
 def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(begun, monkeypatch, capsys, whole):
+    resource = pytest.importorskip(
+        "resource", reason="file sizes are limited by resource, which Windows lacks"
+    )
+
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
