@@ -95,6 +95,13 @@ def sample_random_box(rng: random.Random, width: int, height: int, size: str, cf
     return (x, y, x + w, y + h) if size_class((x, y, x + w, y + h), width, height) == size else None
 
 
+def shown(box: Box, window: Box) -> float:
+    """The share of a box that is inside a window."""
+    width = max(0, min(box[2], window[2]) - max(box[0], window[0]))
+    height = max(0, min(box[3], window[3]) - max(box[1], window[1]))
+    return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
 @dataclass(frozen=True)
 class Cues:
     """Endless cues; the i-th depends on (split, seed, i) alone, so resuming neither replays nor skips."""
@@ -127,6 +134,9 @@ def SceneCues(cfg: CueConfig, split: str, seed: int, things: tuple[int, int] = (
         else:
             box = sample_random_box(rng, side, side, size, cfg, thing.box if cfg.source == "large" else None)
         if box is None or size_class(box, side, side) != size:
+            return None
+        # Nobody could say where a crop of plain background is from; COCO's random crops have texture.
+        if cfg.source == "random" and max(shown(t.box, box) for t in scene.things) < 0.05:
             return None
         name = None if cfg.source == "random" else thing.name
         return Cue(scenes.render(scene), box, size, name, scene)

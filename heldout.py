@@ -245,7 +245,7 @@ def evaluate(
         summary["find"] = {"mean_iou": mean(samples["find"]), "right_object": mean(samples["find_right"])}
         summary["find"]["n"] = len(rows)
     asked = {"questions": held.question_items, "suppressed": held.suppressed_items}
-    for name, items in asked.items() if held.asked else ():
+    for name, items in ((name, items) for name, items in asked.items() if items):
         samples[name] = [is_right(text, q) for (text, _), (_, q) in zip(ask(name, items), held.asked)]
         summary[name] = question_summary(samples[name], held.asked)
         for kind in ("attribute", "place"):

@@ -23,10 +23,10 @@ import check
 import heldout
 import pictures
 import runs
-from data import CueConfig, Cues, UserError, encode_cue, open_cues
+from controls import IMITATION, all_weights, best_answers, encode_task, score_group, true_answers
+from data import CueConfig, Cues, UserError, open_cues
 from journal import Journal, fingerprint
 from policy import Policy, add_lora, collate, load_policy, rollout, texts, token_logps
-from reward import reward
 from settings import Config, begun_settings, read_flags, resolve
 
 # ---------------------------------------------------------------- GRPO, as functions of tensors
@@ -47,15 +47,15 @@ def token_weights(mask: Tensor, loss: str, tokens: float, answers: float, longes
     """What each token of an answer counts in the loss of its optimizer step, [B, G, T].
 
     tokens, answers: how many the whole optimizer step has, so that the micro-batch size changes nothing.
-    token_mean  1 / Σ_i |o_i|         every token of the step alike
+    token_mean  1 / Σ_i |o_i|         every token of the step alike; so do the losses that imitate
     grpo        1 / (N · |o_i|)       every answer alike (the GRPO paper)
     dr_grpo     1 / (N · longest)     no reward for being short or long (Dr. GRPO); longest = max_new_tokens
     """
-    if loss == "token_mean":
-        return mask / tokens
     if loss == "grpo":
         return mask / (answers * mask.sum(-1, keepdim=True).clamp(min=1))
-    return mask / (answers * longest)
+    if loss == "dr_grpo":
+        return mask / (answers * longest)
+    return mask / tokens
 
 
 def grpo_loss(
@@ -83,6 +83,14 @@ def grpo_loss(
     return loss, {"kl": (k3 * inside).sum().detach(), "clipped": cut}
 
 
+def sft_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """L = −Σ w · A · log π with A ∈ {0, 1}: imitation, which has no bad answers to push away (Table 4).
+
+    logps, weights: [B, 1, T]; advantages: [B, 1].
+    """
+    return -(weights * advantages[..., None] * logps).sum()
+
+
 def learning_rate(update: int, cfg: Config) -> float:
     """Linear warm-up whose first step already moves, then linear to 0 or constant."""
     total = max(1, cfg.steps * cfg.updates * cfg.iterations)
@@ -101,7 +109,7 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
     """
     tokens = sum(roll.mask.sum() for _, roll, _, _ in passes).item()
     answers = sum(roll.stopped.numel() for _, roll, _, _ in passes)
-    sums = {"kl": 0.0, "clipped": 0.0, "rollout_gap": 0.0}
+    sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "rollout_gap": 0.0}
     finite = True
     optimizer.zero_grad(set_to_none=True)
     for batch, roll, advantages, old in passes:
@@ -114,12 +122,17 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
         logps = token_logps(policy, batch, roll.tokens, roll.mask)  # [B, G, T]
         old = logps.detach() if old is None else old
         weights = token_weights(roll.mask, cfg.loss, tokens, answers, cfg.max_new_tokens)
-        loss, stats = grpo_loss(logps, old, ref, advantages, weights, cfg)
+        if cfg.loss in IMITATION:
+            loss = sft_loss(logps, advantages, weights)
+        else:
+            loss, stats = grpo_loss(logps, old, ref, advantages, weights, cfg)
+            sums["kl"] += stats["kl"].item() / tokens
+            sums["clipped"] += stats["clipped"].item() / tokens
         loss.backward()
         finite = finite and math.isfinite(loss.item())
-        sums["kl"] += stats["kl"].item() / tokens
-        sums["clipped"] += stats["clipped"].item() / tokens
-        sums["rollout_gap"] = max(sums["rollout_gap"], (old - roll.logps).abs().max().item())
+        sums["loss"] += loss.item()
+        if cfg.loss != "sft":
+            sums["rollout_gap"] = max(sums["rollout_gap"], (old - roll.logps).abs().max().item())
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     finite = finite and math.isfinite(norm.item())
     if finite:
@@ -137,15 +150,26 @@ def micro_batches(cfg: Config) -> list[list[slice]]:
 def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Config) -> tuple[dict, dict]:
     """One rollout and the optimizer steps on it. Returns the metrics and, to show, one group."""
     began = time.monotonic()
-    drawn = [cues[step * cfg.prompts + i] for i in range(cfg.prompts)]
-    items = [encode_cue(policy.tools, cue, cfg.source) for cue in drawn]
-    generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
-    roll = rollout(policy, collate(policy, items), cfg.group, cfg.max_new_tokens, generator)
+    numbers = range(step * cfg.prompts, (step + 1) * cfg.prompts)
+    drawn = [cues[i] for i in numbers]
+    items = [encode_task(policy.tools, cue, i, cfg.source, cfg.reward) for cue, i in zip(drawn, numbers)]
+    if cfg.loss == "sft":
+        roll = true_answers(policy, items, drawn)
+    else:
+        generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
+        roll = rollout(policy, collate(policy, items), cfg.group, cfg.max_new_tokens, generator)
     answers = texts(policy, roll)  # B × G
-    boxes = [item.frame.to_units(cue.box) for item, cue in zip(items, drawn, strict=True)]
-    scored = [[reward(text, box, cfg.alpha) for text in row] for row, box in zip(answers, boxes, strict=True)]
+    rows = zip(answers, items, drawn, numbers, strict=True)
+    scored = [score_group(*row, cfg.reward, cfg.alpha) for row in rows]
     rewards = torch.tensor([[r.total for r in row] for row in scored], device=policy.device)  # [B, G]
+    b = int((rewards.amax(1) - rewards.amin(1)).argmax())  # a group that teaches
     advantages = group_advantages(rewards, cfg.loss)  # [B, G]
+    shown = {"cue": drawn[b], "frame": items[b].frame, "answers": answers[b], "rewards": scored[b]}
+    shown["advantages"] = advantages[b].tolist()
+    if cfg.loss == "sft":
+        advantages = torch.ones_like(rewards)  # [B, 1]
+    elif cfg.loss == "best":
+        roll, advantages = best_answers(roll, rewards)  # [B, 1]
     updates = []
     for slices in micro_batches(cfg):
         share = [(collate(policy, items[s]), roll.rows(s), advantages[s], None) for s in slices]
@@ -165,9 +189,6 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
     metrics["length"] = roll.mask.sum(-1).float().mean().item()
     metrics["truncated"] = 1 - roll.stopped.float().mean().item()
     metrics["zero_variance"] = 1 - advantages.any(1).float().mean().item()
-    b = int(rewards.std(1).argmax())  # the group that teaches most
-    shown = {"cue": drawn[b], "frame": items[b].frame, "answers": answers[b], "rewards": scored[b]}
-    shown["advantages"] = advantages[b].tolist()
     return metrics | {"seconds": time.monotonic() - began}, shown
 
 
@@ -254,8 +275,10 @@ def before_train_after(
         print(f"{folder} is complete: its results.json is there.")
         return
     runs.last_step(folder, state)
-    policy = add_lora(policy, cfg.lora_rank, cfg.seed)
-    first = [encode_cue(policy.tools, cues[i], cfg.source) for i in range(min(4, cfg.prompts))]
+    policy = add_lora(policy, cfg.lora_rank, cfg.seed) if cfg.lora_rank else all_weights(policy)
+    first = [
+        encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(min(4, cfg.prompts))
+    ]
     checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     known, longest = Journal(folder / "answers.jsonl", state), cfg.max_new_tokens
