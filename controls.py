@@ -91,7 +91,7 @@ def best_answers(roll: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
     return kept, (rewards.amax(1) > rewards.amin(1)).float()[:, None]
 
 
-def all_weights(policy: Policy) -> Policy:
+def all_weights(policy: Policy, seed: int = 0) -> Policy:
     """Every linear map of the text layers to be trained, beside a frozen copy: the reference, as ever.
 
     It is PEFT that keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. UserError
@@ -101,6 +101,7 @@ def all_weights(policy: Policy) -> Policy:
         raise UserError("--lora-rank 0 trains all weights, of the embedded model only: give a rank.")
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     # PEFT asks for some LoRA as well: this one stays the nothing that it begins as.
+    torch.manual_seed(seed)
     config = LoraConfig(r=1, target_modules=r".*visual\.merger\.linear_fc2", modules_to_save=names)
     model = get_peft_model(policy.model, config).eval()
     for name, weight in model.named_parameters():

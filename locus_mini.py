@@ -163,12 +163,11 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
     scored = [score_group(*row, cfg.reward, cfg.alpha) for row in rows]
     rewards = torch.tensor([[r.total for r in row] for row in scored], device=policy.device)  # [B, G]
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())  # a group that teaches
-    advantages = group_advantages(rewards, cfg.loss)  # [B, G]
+    good = torch.ones_like(rewards)  # [B, G]
+    advantages = good if cfg.loss == "sft" else group_advantages(rewards, cfg.loss)  # [B, G]
     shown = {"cue": drawn[b], "frame": items[b].frame, "answers": answers[b], "rewards": scored[b]}
     shown["advantages"] = advantages[b].tolist()
-    if cfg.loss == "sft":
-        advantages = torch.ones_like(rewards)  # [B, 1]
-    elif cfg.loss == "best":
+    if cfg.loss == "best":
         roll, advantages = best_answers(roll, rewards)  # [B, 1]
     updates = []
     for slices in micro_batches(cfg):
@@ -275,7 +274,7 @@ def before_train_after(
         print(f"{folder} is complete: its results.json is there.")
         return
     runs.last_step(folder, state)
-    policy = add_lora(policy, cfg.lora_rank, cfg.seed) if cfg.lora_rank else all_weights(policy)
+    policy = add_lora(policy, cfg.lora_rank, cfg.seed) if cfg.lora_rank else all_weights(policy, cfg.seed)
     first = [
         encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(min(4, cfg.prompts))
     ]

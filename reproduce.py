@@ -1,7 +1,7 @@
 """The paper's tables and figures in miniature, and the controls that it does not have, as one command.
 
-    python reproduce.py            every row, two at a time (hours on 2 cores), then RESULTS.json and .md
-    python reproduce.py --quick    the same in 10 minutes, too short to mean anything, into runs/quick
+    python reproduce.py            every row, two at a time (1.5 hours on 2 cores), then RESULTS.json and .md
+    python reproduce.py --quick    the same in 3 minutes, too short to mean anything, into runs/quick
 
 A row is one training with one seed and what its model then answers, in a folder of its own; a row that has
 its row.json is not done again, and one that was stopped goes on from its last checkpoint. Every row is at
@@ -127,7 +127,7 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     cfg, _ = resolve(flags, policy.tools.family)
     folder.mkdir(exist_ok=True)
     if name != "base":
-        policy = add_lora(policy, cfg.lora_rank, seed) if cfg.lora_rank else all_weights(policy)
+        policy = add_lora(policy, cfg.lora_rank, seed) if cfg.lora_rank else all_weights(policy, seed)
     if name in PRETRAINING:
         pretrain(policy, PRETRAINING[name], cfg, folder)
     elif name != "base":
