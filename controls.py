@@ -6,7 +6,7 @@
     --reward shuffled    the overlap with another thing of the scene
     --reward questions   the questions themselves, on the full image, instead of cues
     --alpha 1            the format alone
-    --lora-rank 0        all the weights of the text layers, instead of an adapter
+    --lora-rank 0        the text layers' own linear maps, instead of an adapter
 
 What a gain is worth is its difference to what the same steps of something pointless give.
 """
@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import scenes
-from data import Cue, UserError, encode_cue
+from data import Cue, encode_cue
 from heldout import is_right, thing_of
 from policy import Policy, Rollout
 from prompts import Encoded, Tools, encode, prompt_text
@@ -94,11 +94,9 @@ def best_answers(roll: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
 def all_weights(policy: Policy, seed: int = 0) -> Policy:
     """Every linear map of the text layers to be trained, beside a frozen copy: the reference, as ever.
 
-    It is PEFT that keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. UserError
-    for any but the embedded model: a large one would need several times its own memory.
+    It is PEFT that keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the
+    embedded model only: a large one would need several times its own memory.
     """
-    if policy.tools.family.prompts != "short":
-        raise UserError("--lora-rank 0 trains all weights, of the embedded model only: give a rank.")
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     # PEFT asks for some LoRA as well: this one stays the nothing that it begins as.
     torch.manual_seed(seed)

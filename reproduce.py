@@ -3,9 +3,9 @@
     python reproduce.py            every row, two at a time (1.5 hours on 2 cores), then RESULTS.json and .md
     python reproduce.py --quick    the same in 3 minutes, too short to mean anything, into runs/quick
 
-A row is one training with one seed and what its model then answers, in a folder of its own; a row that has
-its row.json is not done again, and one that was stopped goes on from its last checkpoint. Every row is at
-work on one thread, so its figures do not hang on how many there are at a time.
+A row is one training with one seed and what its model then answers, in a folder of its own; one that has
+its row.json is not done again (delete that after changing a row), one that was stopped goes on from its last
+checkpoint. Each is on one thread, so figures do not hang on how many there are at a time.
 
 The rule, written down before the run: settings were chosen on the held-out scenes of seed 0; everything here
 is measured on those of HELD_OUT, which nothing was chosen on, with training seeds that nothing was chosen on.
@@ -132,10 +132,9 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
         pretrain(policy, PRETRAINING[name], cfg, folder)
     elif name != "base":
         cues = open_cues("scenes", "train", seed, CueConfig(cfg.source, cfg.tiny_ratio))
-        train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()})
-    trained, held = time.monotonic() - began, held_scenes(n)
-    if name != "base":
-        held = replace(held, suppressed_items=[])  # Table 1 is about the base
+        with runs.at_work(folder):
+            train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()})
+    held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_items=[])  # see Table 1
     scores = evaluate(policy, held, cfg.max_new_tokens)
     if name in LOOKED:
         look_too(policy, held, scores, cfg.max_new_tokens)
@@ -143,8 +142,7 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
     row = {"summary": scores.summary, "samples": scores.samples}
     row["curve"] = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
-    seconds = {"training": round(trained), "all": round(time.monotonic() - began)}
-    runs.write_json(folder / "row.json", row | {"seconds": seconds})
+    runs.write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - began)}})
     return scores.summary["questions"]["accuracy"]
 
 
@@ -173,6 +171,8 @@ def do_rows(out: Path, steps: int, n: int, jobs: int, some: list[tuple[str, int]
                 name, seed = waiting[done]
                 bar.write(f"{name}, seed {seed}: questions {100 * done.result():.1f} %")
                 bar.update()
+        except (OSError, RuntimeError) as error:  # also of a process that was killed
+            raise UserError(f"Row {name}, seed {seed}: {error!r}. The same command goes on.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -182,12 +182,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 100 questions, runs/quick")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
     args = parser.parse_args()
-    out, steps, n = (Path("runs/quick"), 8, 100) if args.quick else (Path("runs/reproduce"), 160, 1200)
-    rows = [row for row in PLAN if row[1] == SEEDS[0]] if args.quick else PLAN
+    name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", 160, 1200)
+    home, rows = Path(__file__).parent, [row for row in PLAN if not args.quick or row[1] == SEEDS[0]]
+    out = home / "runs" / name
     try:
-        do_rows(out, steps, n, args.jobs, rows)
-        done = {row: folder_of(out, *row) for row in rows}
-        report.write(out if args.quick else Path(__file__).parent, done)
+        do_rows(out, steps, n, max(1, args.jobs), rows)
+        report.write(out if args.quick else home, {row: folder_of(out, *row) for row in rows})
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from data import CueConfig, SceneCues
 from heldout import mean
 from reward import Box, iou
 from runs import versions
+from scenes import SIDE
 
 POINTLESS = ("random rewards", "format reward only", "shuffled target", "more pretraining")
 INFORMED = ("SFT on the best of G", "GRPO on the questions", "more pretraining, 1 to 4 things")
@@ -41,7 +42,7 @@ class Claim:
     untestable: str = ""  # what this world lacks to tell
 
 
-TWINS = "no scene holds two things of one name, so a text always says what the crop says"
+TWINS = "no scene holds two things of one name, by construction, so a text says what the crop says"
 CLAIMS = (
     Claim("RL over base", "LOCUS", "base", "questions", "V\\* 79.6 → 87.4"),
     Claim("RL over SFT", "LOCUS", "SFT", "questions", "V\\* 80.1 → 87.4"),
@@ -175,13 +176,12 @@ def world(n: int = 200) -> dict[str, float]:
     """Can the embedded world tell what the tables ask? Shares and IoU of n cues a kind, in points."""
     by = {source: SceneCues(CueConfig(source), "train", 0) for source in ("object", "random", "large")}
     cues = {source: [some[i] for i in range(n)] for source, some in by.items()}
-    names = [[thing.name for thing in cue.scene.things] for cue in cues["object"]]
     out = {
         f"{s} crops found by a template matcher, IoU": [template_iou(c.image, c.box) for c in cues[s]]
         for s in by
     }
-    out["large crops over 10 % of the scene"] = [float(cue.size == "large") for cue in cues["large"]]
-    out["scenes with two things of one name"] = [float(len(set(some)) < len(some)) for some in names]
+    sides = [(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (cue.box for cue in cues["large"])]
+    out["large crops' share of the scene"] = [w * h / SIDE**2 for w, h in sides]
     return {what: round(100 * mean(values), 1) for what, values in out.items()}
 
 

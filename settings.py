@@ -44,14 +44,16 @@ class Config:
     warmup: float = setting(0.05, "share of the optimizer steps that warm up; paper", high=1)
     weight_decay: float = setting(0.01, "AdamW's; paper")
     max_grad_norm: float = setting(1.0, "clipping of the gradient norm; paper")
-    loss: str = setting("token_mean", "of GRPO by how tokens are averaged, or imitation; paper", LOSSES)
+    loss: str = setting(
+        "token_mean", "GRPO by how tokens are averaged, or imitation; paper: token_mean", LOSSES
+    )
     reward: str = setting("iou", "what is rewarded; paper: iou, the others are controls", REWARDS)
     kl: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "the ratio's lower clip; paper's framework")
     clip_high: float = setting(0.3, "the ratio's upper clip; paper's framework")
     dual_clip: float = setting(3.0, "the ratio's bound at negative advantages; paper's framework", low=1)
     alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
-    lora_rank: int = setting(16, "rank of the adapter, 0 for all weights as in the paper; ours")
+    lora_rank: int = setting(16, "rank of the adapter; 0: the text layers' own linear maps; ours")
     box_frame: str | None = setting(None, "coordinates of the model's boxes", ("resized", "relative1000"))
     load_in_4bit: bool | None = setting(None, "NF4 weights; default where CUDA is; ours")
     seed: int = setting(0, "of cues, adapter and sampling; ours")
@@ -85,6 +87,8 @@ def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, st
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
     if cfg.reward in ("shuffled", "questions") and cfg.data != "scenes":
         raise UserError(f"--reward {cfg.reward} needs scenes, which --data {cfg.data} has not: use iou.")
+    if cfg.lora_rank == 0 and family.prompts != "short":
+        raise UserError("--lora-rank 0 trains all weights, of the embedded model only: give a rank.")
     if cfg.loss in IMITATION:
         if flags.get("kl") or (cfg.loss == "sft" and cfg.reward != "iou"):
             raise UserError(f"--loss {cfg.loss} imitates: leave out --kl, and with sft --reward.")

@@ -187,10 +187,10 @@ class Build:
                 attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
 
     @torch.no_grad()
-    def draw_examples(self, things: tuple[int, ...], count: int = EXAMPLES) -> None:
+    def draw_examples(self, things: tuple[int, ...], count: int | None = None) -> None:
         """Scenes of so many things: (scene, tokens [36, width], 2 × ((scene, thing), [4, width])) each."""
         visual, self.examples, self.things = self.model.model.visual, [], things
-        for start in tqdm(range(0, count, 100), desc="image tokens", mininterval=5):
+        for start in tqdm(range(0, count or EXAMPLES, 100), desc="image tokens", mininterval=5):
             rng = random.Random(f"pretraining/{self.seed}/examples/{start}")
             counts = rng.choices(things, k=100)
             drawn, pictures = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
