@@ -52,7 +52,7 @@ def test_metrics_hold_one_line_a_step(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     expected = {"reward", "iou", "format", "kl", "clipped", "rollout_gap", "grad_norm", "skipped", "length"}
-    expected |= {"step", "truncated", "zero_variance", "lr", "seconds"}
+    expected |= {"step", "truncated", "zero_variance", "lr", "seconds", "loss"}
     for line in lines:
         assert set(line) == expected
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
