@@ -285,7 +285,9 @@ def test_an_interrupt_says_how_to_go_on_wherever_it_comes(number, tmp_path, monk
         time.sleep(10)
 
     monkeypatch.setattr(heldout, "evaluate", interrupted)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` may have it ignored
     code, said = in_process(monkeypatch, capsys, "--out", tmp_path / "run", *SMALL)
+    signal.signal(signal.SIGINT, usual)
     assert code == 130 and f"--resume {tmp_path / 'run'}" in said
 
 
