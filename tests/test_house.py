@@ -24,6 +24,7 @@ BUDGETS = {
     "card.py": 60,
     "replies.py": 80,
     "photos.py": 210,
+    "fetch.py": 180,
     "controls.py": 120,
     "settings.py": 130,
     "runs.py": 270,
@@ -35,7 +36,7 @@ BUDGETS = {
     "report.py": 330,
 }
 # Imports point one way: a file may import what stands before it.
-ORDER = ["reward", "scenes", "prompts", "photos", "data", "pictures", "policy", "heldout", "replies"]
+ORDER = ["reward", "scenes", "prompts", "photos", "fetch", "data", "pictures", "policy", "heldout", "replies"]
 ORDER += ["analyses", "benchmarks", "journal", "card", "eval", "check", "controls", "settings", "runs"]
 ORDER += ["locus_mini", "embedded", "tiny", "results", "report", "reproduce"]
 
