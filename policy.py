@@ -16,11 +16,13 @@ import transformers as hf
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from photos import UserError
 from prompts import Encoded, Tools
 
 LOGITS = 2**24  # numbers held at a time where answers are scored: 67 MB in float32
+FEW = 64  # tokens of a row that ask at a time, in a rollout
 PATCHES = 2**15  # of pictures that are seen at a time
 
 
@@ -42,6 +44,26 @@ class Policy:
     def reference(self):
         """Context in which the policy is its own reference: the adapter is off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ways: Any
+) -> tuple[Tensor, None]:
+    """SDPA for transformers, in which the heads that share keys ask as one, if their questions are few.
+
+    query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. The usual way gives each of the A heads
+    a copy of its keys, which in a rollout is to write and read several times the cache for every token.
+    """
+    (B, A, Q, D), share = query.shape, query.shape[1] // key.shape[1]
+    if attention_mask is None or Q > FEW or share == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **ways)
+    asked = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
+    mask = attention_mask.repeat(1, 1, share, 1)  # [B, 1, share·Q, L]
+    out = F.scaled_dot_product_attention(asked, key, value, mask, scale=ways.get("scaling"))
+    return out.view(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
+
+
+hf.AttentionInterface.register("sdpa", attend)
 
 
 # ---------------------------------------------------------------- prompts in a batch
