@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import prompts, random_policy, with_adapter
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import policy as policy_module
@@ -255,6 +256,17 @@ def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share):
     assert ours.shape == (3, 5, 8, 16) and torch.allclose(ours, usual, atol=1e-6)
     other, _ = policy_module.attend(module, query, key, value, mask.roll(1, -1), scaling=0.3)
     assert not torch.allclose(other, usual, atol=1e-2), "the mask does nothing"
+
+
+def test_a_cache_with_room_holds_what_one_that_appends_holds():
+    """Beyond its room it grows, never over the most that there will be."""
+    torch.manual_seed(0)
+    roomy, plain = policy_module.Room(40), DynamicLayer()
+    for columns in (7, 3, 3, 3, 3, 15, 6):
+        keys, values = torch.randn(2, 2, 3, columns, 4)  # [B, K, Q, D] each
+        ours, usual = roomy.update(keys, values), plain.update(keys, values)
+        assert torch.equal(ours[0], usual[0]) and torch.equal(ours[1], usual[1])
+        assert roomy.get_seq_length() == plain.get_seq_length() <= roomy.keys.shape[2] <= 40
 
 
 def test_pictures_seen_in_parts_have_the_same_features(policy, monkeypatch):
