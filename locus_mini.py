@@ -32,7 +32,7 @@ from journal import Journal, fingerprint
 from memory import phase, prepare
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import Encoded, Tools
-from settings import MEMORY, Config, begun_settings, read_flags, show
+from settings import MEMORY, Config, begun_settings, print_settings, read_flags
 
 HALF_SCALE = 2.0**10  # of the loss in float16, whose smallest gradients would be lost
 
@@ -279,7 +279,7 @@ def run(flags: dict[str, Any]) -> None:
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     unseen = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
     folder, origin = folder or runs.new_folder(cfg.out), begun.get("origin", origin)
-    show(cfg, policy.tools.family, origin)
+    print_settings(cfg, policy.tools.family, origin)
     if cfg.preset == "paper":
         print("Note: 1e-6 is the paper's rate for all weights; an adapter needs about ten times as much.")
     for part in (part for part in cues.left_out if part.reasons):

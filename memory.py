@@ -125,11 +125,11 @@ def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str
     at_once, micro = min(cfg.rollout_batch, cfg.prompts), min(cfg.micro_batch, cfg.prompts // cfg.updates)
     column = 4 * text.num_key_value_heads * size * layers
     patches = min(PATCHES, at_once * (P - WORDS) * vision.spatial_merge_size**2)
-    seeing = patches * (16 * vision.hidden_size + 6 * vision.intermediate_size)
+    seeing = patches * (20 * vision.hidden_size + 6 * vision.intermediate_size)
     reading = at_once * P * (12 * F + 15 * H + column)
     writing = at_once * (row * column + 16 * cfg.group * text.vocab_size)
     kept, work = (2 * H, 28 * H + 12 * A + 14 * F) if cfg.recompute else (28 * H + 12 * A + 10 * F, 4 * F)
-    layer = micro * row * (work + 3 * row)
+    layer = micro * row * (work + 3 * row) + 2 * H * F  # and a weight that is no longer 4-bit
     logits = 16 * min(LOGITS, micro * (row - P) * text.vocab_size)
     passing = {"gradients": parts["adapter"], "layers' inputs": micro * row * (layers * kept + 10 * H)}
     return {

@@ -121,7 +121,7 @@ def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]
     return vars(parser.parse_args(arguments))
 
 
-def show(cfg: Config, family: Family, origin: dict[str, str]) -> None:
+def print_settings(cfg: Config, family: Family, origin: dict[str, str]) -> None:
     """Every resolved value and where it came from."""
     for f in fields(Config):
         print(f"{f.name:>16} = {getattr(cfg, f.name)!s:<12} {origin[f.name]}")
