@@ -10,7 +10,9 @@ from policy import Policy, collate, rollout, texts, token_logps
 from prompts import Encoded, box_frame
 from reward import iou, reward
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}  # rollout against training, nats
+# Rollout against training: a quantile of the gaps and what it may be, in nats. In 16 bits other kernels make
+# single tokens differ by a lot; what is wrong moves most of them.
+TOLERANCE = {torch.float32: (1.0, 1e-3), torch.float16: (0.5, 0.05), torch.bfloat16: (0.5, 0.05)}
 
 
 def self_check(policy: Policy, items: list[Encoded], group: int, max_new_tokens: int, seed: int) -> dict:
@@ -51,14 +53,14 @@ def self_check(policy: Policy, items: list[Encoded], group: int, max_new_tokens:
         alone = token_logps(policy, first, roll.tokens[:1, -1:], roll.mask[:1, -1:])  # [1, 1, T]
         with policy.reference():
             reference = token_logps(policy, batch, roll.tokens, roll.mask)  # [B, G, T]
-    limit = TOLERANCE[policy.whole.dtype]
-    measured = {}
-    for name, one, other, most, what in (
-        ("rollout_gap", logps, roll.logps, limit, "rollout and training disagree"),
-        ("packing_gap", logps[:1, -1:], alone, limit, "an answer without its group scores differently"),
-        ("reference_gap", logps, reference, 1e-5, "the untrained adapter is not the reference"),
+    usual, same, measured = TOLERANCE[policy.whole.dtype], (1.0, 1e-5), {}
+    for name, one, other, (share, most), what in (
+        ("rollout_gap", logps, roll.logps, usual, "rollout and training disagree"),
+        ("packing_gap", logps[:1, -1:], alone, usual, "an answer without its group scores differently"),
+        ("reference_gap", logps, reference, same, "the untrained adapter is not the reference"),
     ):
-        measured[name] = (one - other).abs().max().item()
+        living = roll.mask[: len(one), -one.shape[1] :]  # [B, G, T] of `one`
+        measured[name] = (one - other).abs()[living].quantile(share).item()
         demand(measured[name] < most, f"{what}, by {measured[name]:.2g} nats")
     frame = items[0].frame
     box = frame.to_pixels((100.3, 100.3, 300.3, 300.3))

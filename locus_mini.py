@@ -235,9 +235,10 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) ->
     bar = tqdm(total=cfg.steps, initial=start, desc="GRPO")
     with log, bar, runs.Interruption() as interruption, ThreadPoolExecutor(1) as beside:
         # The next step's pictures are read and cut into patches while this one keeps the GPU busy.
-        ahead = beside.submit(draw_step, policy.tools, cues, start, cfg)
+        draw = partial(beside.submit, draw_step, policy.tools, cues, cfg=cfg)
+        ahead = draw(step=start) if start < cfg.steps else None
         for step in range(start, cfg.steps):
-            ready, ahead = ahead.result(), beside.submit(draw_step, policy.tools, cues, step + 1, cfg)
+            ready, ahead = ahead.result(), draw(step=step + 1) if step + 1 < cfg.steps else None
             metrics, shown = train_step(policy, optimizer, cues, step, cfg, ready)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
@@ -267,7 +268,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) ->
 def run(flags: dict[str, Any]) -> None:
     """Settings, model, cues and folder of a run, new or begun; then all of it."""
     began, names = time.monotonic(), [f.name for f in fields(Config)]
-    folder, begun = flags.pop("resume", None), {}
+    folder, begun, less = flags.pop("resume", None), {}, {}
     if folder is not None:
         begun = runs.read_config(folder, names)
         less = {name: value for name, value in flags.items() if name in MEMORY}
@@ -278,7 +279,8 @@ def run(flags: dict[str, Any]) -> None:
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     unseen = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
-    folder, origin = folder or runs.new_folder(cfg.out), begun.get("origin", origin)
+    folder = folder or runs.new_folder(cfg.out)
+    origin = begun.get("origin", origin) | dict.fromkeys(less, "flag")
     print_settings(cfg, policy.tools.family, origin)
     if cfg.preset == "paper":
         print("Note: 1e-6 is the paper's rate for all weights; an adapter needs about ten times as much.")
@@ -309,10 +311,10 @@ def before_train_after(
         print(f"{folder} is complete: its results.json is there.")
         return
     runs.last_step(folder, state)
-    first = [
-        encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(min(4, cfg.prompts))
-    ]
-    checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
+    few = min(4, cfg.prompts, max(2, cfg.micro_batch))
+    first = [encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(few)]
+    with phase("rollout"):
+        checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     known, longest = Journal(folder / "answers.jsonl", state), cfg.max_new_tokens
     held = heldout.held_out(policy, unseen, cfg.eval_cues)

@@ -29,11 +29,14 @@ WORDS = 128  # tokens of a prompt beside its images, about
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, about
 LOWER = {
-    "loading": "a smaller --model, or --load-in-4bit",
-    "rollout": "--rollout-batch, then --image-pixels, --max-new-tokens or --group",
-    "policy pass": "--micro-batch, or give --recompute; then --max-new-tokens, --image-pixels or --group",
-    "optimizer": "--lora-rank",
+    "loading": "take a smaller --model, or --load-in-4bit",
+    "rollout": "lower --rollout-batch, then --image-pixels, --max-new-tokens or --group",
+    "policy pass": "lower --micro-batch, give --recompute; then --image-pixels, --max-new-tokens or --group",
+    "optimizer": "lower --lora-rank",
 }
+# As PyTorch, CUDA, cuBLAS and, while weights become 4-bit, transformers put it.
+OUT_OF_MEMORY = r"tried to allocate (\d[\d.]* \w+)|allocate memory|out of memory|alloc_failed"
+OUT_OF_MEMORY += "|automatic conversion of the weights"
 PEAKS: dict[str, int] = {}  # bytes that each phase needed at most, on a GPU
 METER: Any = torch.cuda if torch.cuda.is_available() else None
 OPEN: list[str] = []  # phases at work, the innermost last
@@ -50,13 +53,12 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        asked = re.search(r"tried to allocate (\d[\d.]* \w+)|allocate memory", str(error), re.IGNORECASE)
-        if not asked:
+        if not (asked := re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
             raise
         more = f", when it asked for {asked[1]} more" if asked[1] else ""
         raise UserError(
-            f"Out of memory in the phase '{name}'{more}: lower {LOWER[name]}. The last checkpoint stays, and "
-            "--resume takes other memory flags."
+            f"Out of memory in the phase '{name}'{more}: {LOWER[name]}. A checkpoint stays, and --resume "
+            "takes another --rollout-batch, --micro-batch and --recompute."
         ) from None
     finally:
         note()
@@ -181,15 +183,23 @@ def prepare(flags: dict[str, Any], dtype: torch.dtype | None = None) -> tuple[Po
 
 def dry_run(flags: dict[str, Any], train_step: Callable) -> None:
     """Prints the peak memory by phase: measured on the largest steps where there is a GPU, else predicted."""
+    if "resume" in flags:
+        raise UserError("--dry-run goes with the flags of a run themselves, not with --resume: give those.")
     config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
     cfg, _ = resolve(flags, family)
-    predicted, measured = predict(empty_model(config), cfg, family), None
-    if torch.cuda.is_available():
+    predicted = predict(empty_model(config), cfg, family)
+    if not torch.cuda.is_available():
+        print(table(predicted))
+        return
+    try:
         policy, cfg, _ = prepare(flags)
         seconds = [f"{step['seconds']:.1f}" for step in largest_steps(policy, cfg, train_step)]
-        print(f"seconds of the two steps, of which the first warms up: {', '.join(seconds)}")
-        measured = PEAKS
-    print(table(predicted, measured))
+    finally:
+        print(table(predicted, PEAKS))  # as far as it came
+    print(f"seconds of the two steps, of which the first warms up: {', '.join(seconds)}")
+    print(
+        f"PyTorch holds {torch.cuda.memory_reserved() / 1e9:.2f} GB in the end, with what it keeps for later"
+    )
 
 
 def table(predicted: dict[str, dict], measured: dict[str, int] | None = None) -> str:
@@ -207,5 +217,5 @@ def table(predicted: dict[str, dict], measured: dict[str, int] | None = None) ->
     worst = max(measured, key=measured.get) if measured else worst
     card = next((f"a card of {c} GB" for c in CARDS if peak / 1e9 + CONTEXT <= c), "no single card")
     how = "Measured" if measured else "Predicted, not measured"
-    lines.append(f"{how}, in GB: {peak / 1e9:.2f} at most, so {card}. To lower first: {LOWER[worst]}.")
+    lines.append(f"{how}, in GB: {peak / 1e9:.2f} at most, so {card}. If it does not fit: {LOWER[worst]}.")
     return "\n".join(lines)

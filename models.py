@@ -50,9 +50,10 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
     kind = getattr(config, "locus_family", config.model_type)
     if kind not in FAMILIES and frame is None:
         raise UserError(f"--model {name} is of the unknown family {kind}: name its --box-frame.")
-    if kind == "qwen2_5_vl" and ("mimo" in name.lower() or config.text_config.vocab_size == MIMO_WORDS):
+    last = Path(name).name.lower()
+    if kind == "qwen2_5_vl" and ("mimo" in last or config.text_config.vocab_size == MIMO_WORDS):
         kind = "mimo_vl"
-    if kind == "qwen3_vl" and "thinking" in name.lower():
+    if kind == "qwen3_vl" and "thinking" in last:
         kind = "qwen3_vl_thinking"
     family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
     return config, replace(family, box_frame=frame or family.box_frame)

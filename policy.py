@@ -61,7 +61,7 @@ def attend(
     asked = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
     mask = attention_mask.repeat(1, 1, share, 1)  # [B, 1, share·Q, L]
     out = F.scaled_dot_product_attention(asked, key, value, mask, scale=ways.get("scaling"))
-    return out.view(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
+    return out.reshape(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
 
 
 hf.AttentionInterface.register("sdpa", attend)

@@ -203,7 +203,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
         if bad := [name for name, crc in checksums(last).items() if saved[name] != crc]:
             raise ValueError(f"{bad[0]} is not as it was written")
         peft.set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors", str(device)))
-        moments = torch.load(last / "optimizer.pt", weights_only=True, map_location=device)
+        moments = torch.load(last / "optimizer.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(moments)
         return step
     except torch.OutOfMemoryError:

@@ -108,7 +108,7 @@ def random_weights(folder: Path, std: float = 0.02, shard: int = 4 * 10**9) -> P
         if weight.dim() == 1:  # of a norm 1, of a bias 0
             value = torch.full(weight.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
         else:
-            value = (std * torch.randn(weight.shape, device=device, dtype=torch.bfloat16)).cpu()
+            value = torch.randn(weight.shape, device=device, dtype=torch.bfloat16).mul_(std).cpu()
         shards[-1][name], where[name] = value, f"model-{len(shards):05}.safetensors"
     save_file(shards[-1], folder / f"model-{len(shards):05}.safetensors", metadata={"format": "pt"})
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

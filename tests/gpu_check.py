@@ -2,9 +2,9 @@
 
     python tests/gpu_check.py --only memory|speed|trl
 
-Each part ends within 8 minutes and prints one table. No weights are needed: models of the published shapes
-get random ones, written as safetensors, and go through the program's own code. Without CUDA a part does what
-a CPU can show of it, and says so. What is measured is printed with the machine and the versions.
+Each part is meant to end within 8 minutes and prints one table. No weights are needed: the published shapes
+get random ones, written as safetensors (17 GB at most, where TMPDIR says), and go through the program's code.
+Without CUDA a part does what a CPU can show of it. What is measured stands with the machine and versions.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import memory
+from check import self_check
 from controls import encode_task
 from data import CueConfig, open_cues
 from heldout import mean
@@ -41,7 +42,7 @@ from models import add_lora, load_policy, read_family
 from policy import Policy, collate, rollout, token_logps
 from settings import resolve
 
-CUDA = torch.cuda.is_available()
+CUDA, ROOT = torch.cuda.is_available(), Path(__file__).parents[1]
 
 
 def machine() -> str:
@@ -130,8 +131,18 @@ ON_CPU = [
 ]
 
 
+def build(name: str, folder: Path, **changed: Any) -> Path:
+    """A published shape with random weights in a folder, if they are not there yet."""
+    if not (folder / "model.safetensors.index.json").exists():
+        families.random_weights(families.settings(name, folder, **changed))
+        if CUDA:
+            torch.cuda.empty_cache()
+    return folder
+
+
 def measure_case(case: Case, folder: Path) -> dict[str, Any]:
     """Peak bytes by phase, predicted and found; on a GPU also the seconds of the second of two steps."""
+    build(case.name, folder, **case.changed)
     flags = {"model": str(folder), "load_in_4bit": True} | case.flags
     config, family = read_family(flags["model"])
     cfg, _ = resolve(flags, family)
@@ -139,7 +150,7 @@ def measure_case(case: Case, folder: Path) -> dict[str, Any]:
     row = {"predicted": {name: sum(parts.values()) for name, parts in predicted.items()}}
     if CUDA:
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((case.card - memory.CONTEXT) * 1e9 / whole)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - memory.CONTEXT) * 1e9 / whole))
         policy, cfg, _ = memory.prepare(flags)
         steps = memory.largest_steps(policy, cfg, train_step)
         row |= {"seconds": steps[-1]["seconds"], "tokens": cfg.prompts * cfg.group * cfg.max_new_tokens}
@@ -161,19 +172,17 @@ def check_memory() -> None:
     with tempfile.TemporaryDirectory() as there:
         for number, case in enumerate(ON_GPU if CUDA else ON_CPU):
             folder = Path(there) / case.name
-            if not folder.exists():
-                for other in Path(there).iterdir():
-                    shutil.rmtree(other)  # one model at a time on the disk
-                families.random_weights(families.settings(case.name, folder, **case.changed))
+            for other in (path for path in Path(there).iterdir() if path != folder):
+                shutil.rmtree(other)  # one model at a time on the disk
             command = [sys.executable, __file__, "--only", "memory", "--case", str(number), str(folder)]
             done = subprocess.run(command, capture_output=True, text=True)
             title = f"{case.name:26}{case.flags['image_pixels']:>10,}{f'{case.card} GB' if CUDA else '':>7}"
             if done.returncode:
-                print(f"{title}  failed: {done.stderr.strip().splitlines()[-1]}")
+                print(f"{title}  failed: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
                 continue
             row = json.loads(done.stdout.strip().splitlines()[-1])
             for name in memory.LOWER:
-                one, other = row["found"][name] / 1e9, row["predicted"][name] / 1e9
+                one, other = row["found"].get(name, 0) / 1e9, row["predicted"][name] / 1e9
                 title += f"{one:8.3f} ({other / one - 1:+5.0%})" if one else ""
             seconds = (
                 f"{row['seconds']:6.1f} s, {row['tokens'] / row['seconds']:.0f} tokens/s" if CUDA else ""
@@ -213,26 +222,27 @@ def decoding(policy: Policy, batch: Any, group: int, longest: int) -> float:
 
 def check_rollout(folder: Path) -> None:
     """Tokens a second at batch 64 beside what the memory's bandwidth allows, and where a step's time goes."""
-    flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
-    policy, cfg, _ = memory.prepare(flags)
-    policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
-    cues = memory.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    policy, cfg, _ = memory.prepare({"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480})
+    cues, G, T = memory.LargestCues(cfg.image_pixels, cfg.crop_pixels), cfg.group, cfg.max_new_tokens
     _, _, items = draw_step(policy.tools, cues, 0, cfg)
-    batch, (G, T) = collate(policy, items), (cfg.group, cfg.max_new_tokens)
+    checked = self_check(policy, items[:2], G, 32, 0)
+    print("self-check: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
+    policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
+    batch = collate(policy, items)
     seconds, rate = decoding(policy, batch, G, T), bandwidth()
-    config = policy.whole.config
-    text, sizes = (
-        config.get_text_config(),
-        memory.weights(memory.empty_model(config), policy.tools.family, True, 16),
-    )
-    head = 2 * text.vocab_size * text.hidden_size
-    column = (
-        4 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * text.num_hidden_layers
-    )
+    config, family = read_family(str(folder))
+    text, sizes = config.get_text_config(), memory.weights(memory.empty_model(config), family, True, 16)
+    size = text.hidden_size // text.num_attention_heads
+    column = 4 * text.num_key_value_heads * size * text.num_hidden_layers  # bytes of keys and values
     cache = len(items) * (batch.ids.shape[1] + G * T / 2) * column
-    least = (sizes["text layers"] + sizes["adapter"] + head + cache) / rate  # seconds a token of all answers
-    print(f"rollout {len(items) * G * T / seconds:.0f} tokens/s; {rate / 1e9:.0f} GB/s would allow "
-          f"{len(items) * G / least:.0f}: {least * T / seconds:.0%}")  # fmt: skip
+    head = 2 * text.vocab_size * text.hidden_size
+    least = (
+        sizes["text layers"] + sizes["adapter"] + head + cache
+    ) / rate  # seconds for one token of all
+    found, allowed = len(items) * G * T / seconds, len(items) * G / least
+    print(
+        f"rollout: {found:.0f} tokens/s, and {rate / 1e9:.0f} GB/s allow {allowed:.0f}: {found / allowed:.0%}"
+    )
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -264,30 +274,23 @@ def check_packing() -> None:
 
 
 def check_curve() -> None:
-    """Fifty steps of the embedded model on this device and on the CPU: rewards of the first and last ten."""
-    with tempfile.TemporaryDirectory() as there:
-        for device in ("GPU", "CPU") if CUDA else ("CPU",):
-            out = Path(there) / device
-            command = [
-                sys.executable,
-                "locus_mini.py",
-                "--steps",
-                "50",
-                "--eval-cues",
-                "10",
-                "--out",
-                str(out),
-            ]
-            hidden = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {})
-            ways = ["--no-load-in-4bit", "--show-every", "0"]
-            root = Path(__file__).parents[1]
-            subprocess.run(command + ways, cwd=root, env=hidden, check=True, capture_output=True)
-            steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            first, last = (mean(step["iou"] for step in part) for part in (steps[:10], steps[-10:]))
-            spread = torch.tensor([step["iou"] for step in steps[-10:]]).std() / 10**0.5
-            seconds = mean(step["seconds"] for step in steps[5:])
-            print(f"{device}: IoU {first:.3f} in the first ten steps, {last:.3f} ± {spread:.3f} in the last, "
-                  f"{seconds:.2f} s a step")  # fmt: skip
+    """Fifty steps of the embedded model on this device and on the CPU: IoU of the first and last ten."""
+    for device in ("GPU", "CPU") if CUDA else ("CPU",):
+        with tempfile.TemporaryDirectory() as there:
+            command = [sys.executable, "locus_mini.py", "--steps", "50", "--eval-cues", "10", "--out", there]
+            command += ["--no-load-in-4bit", "--show-every", "0"]
+            unseen = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {})
+            done = subprocess.run(command, cwd=ROOT, env=unseen, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{device}: {done.stderr[-2000:]}")
+                continue
+            lines = (Path(there) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [json.loads(line) for line in lines]
+        first, last = (mean(step["iou"] for step in part) for part in (steps[:10], steps[-10:]))
+        error = torch.tensor([step["iou"] for step in steps[-10:]]).std() / 10**0.5
+        seconds = mean(step["seconds"] for step in steps[5:])
+        tens = f"IoU {first:.3f} in the first ten steps, {last:.3f} ± {error:.3f} in the last ten"
+        print(f"{device}: {tens}, {seconds:.2f} s a step", flush=True)
 
 
 def check_speed() -> None:
@@ -298,8 +301,7 @@ def check_speed() -> None:
         print("Without a GPU: no rate of a rollout of a true shape, and nowhere for its time to go.")
         return
     with tempfile.TemporaryDirectory() as there:
-        name = "Qwen2.5-VL-7B-Instruct"
-        check_rollout(families.random_weights(families.settings(name, Path(there) / name)))
+        check_rollout(build("Qwen2.5-VL-7B-Instruct", Path(there) / "Qwen2.5-VL-7B-Instruct"))
 
 
 # ---------------------------------------------------------------- TRL
@@ -311,45 +313,44 @@ def check_trl() -> None:
         print("TRL is not installed: pip install -r scale/requirements.txt, in an environment of its own.")
         return
     if not CUDA:
-        subprocess.run(
-            [sys.executable, "-m", "scale.side_by_side"], cwd=Path(__file__).parents[1], check=True
-        )
+        subprocess.run([sys.executable, "-m", "scale.side_by_side"], cwd=ROOT, check=True)
         return
     with tempfile.TemporaryDirectory() as there:
-        name = "Qwen2.5-VL-3B-Instruct"
-        folder = families.random_weights(families.settings(name, Path(there) / name))
-        print(f"{'way':6}{'step':>10}{'peak memory':>14}   {machine()}")
+        folder = Path(there) / "Qwen3-VL-4B-Instruct"
         for way in ("ours", "TRL"):
             command = [sys.executable, __file__, "--only", "trl", "--case", way, str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             print(done.stdout.strip().splitlines()[-1] if not done.returncode else done.stderr[-2000:])
+    print(f"{folder.name} in 4 bit, a photo of 640 × 480, 8 prompts, 8 answers of 256 tokens; {machine()}")
 
 
 def one_step(way: str, folder: Path) -> None:
-    """Seconds of the second of two steps and the peak memory, by ours or by TRL's trainer."""
+    """Seconds of the second of two steps and the peak memory, by ours or by TRL's trainer.
+
+    Each recomputes its layers in its own way; TRL's attention is ours too, which only helps it.
+    """
+    build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
-    policy, cfg, _ = memory.prepare(flags)
+    policy, cfg, _ = memory.prepare(flags | {"recompute": way == "ours"})
     cues = memory.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    memory.METER = None  # one peak of all phases
     torch.cuda.reset_peak_memory_stats()
     if way == "ours":
-        memory.METER = None  # one peak of all phases
         seconds = memory.largest_steps(policy, cfg, train_step)[-1]["seconds"]
     else:
         from scale.side_by_side import Clock, make_trainer, rows_of
 
         policy.model = policy.model.unload()
         rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")
-        ways = dict(
-            use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2, beta=cfg.kl, delta=3.0
-        )
+        ways = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
         ways |= dict(per_device_train_batch_size=cfg.group, gradient_accumulation_steps=cfg.prompts)
-        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr)
+        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.kl, delta=3.0)
         ways |= dict(generation_kwargs={"min_new_tokens": cfg.max_new_tokens})
         trainer, clock = make_trainer(policy, cfg.lora_rank, rows, str(folder / "trl"), **ways), Clock()
         trainer.add_callback(clock)
         trainer.train()
         seconds = clock.seconds[-1]
-    print(f"{way:6}{seconds:8.1f} s{torch.cuda.max_memory_allocated() / 1e9:11.2f} GB")
+    print(f"{way:6}{seconds:8.1f} s a step, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
 
 
 def main() -> None:

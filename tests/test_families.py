@@ -180,7 +180,7 @@ def test_a_dry_run_without_a_gpu_says_that_it_predicts(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     locus_mini.main()
     said = capsys.readouterr().out
-    assert "Predicted, not measured" in said and "To lower first: --" in said
+    assert "Predicted, not measured" in said and "If it does not fit: lower --" in said
     peaks = [float(number) for number in re.findall(r"^\w.{13} +(\d+\.\d+)  ", said, re.MULTILINE)]
     assert len(peaks) == 4 and 6 < min(peaks) < max(peaks) < 16, "of 7B: the weights alone are 7 GB"
 
@@ -209,7 +209,7 @@ def test_less_is_predicted_where_a_flag_asks_for_less():
 @pytest.mark.parametrize("phase", memory.LOWER)
 def test_memory_that_runs_out_is_one_sentence(phase):
     """A true failure of the allocator, not one of ours."""
-    with pytest.raises(UserError, match=f"'{phase}'.*lower {memory.LOWER[phase][:8]}"), memory.phase(phase):
+    with pytest.raises(UserError, match=f"'{phase}'.*: {memory.LOWER[phase][:8]}"), memory.phase(phase):
         torch.empty(2**60, dtype=torch.uint8)
 
 
@@ -230,11 +230,11 @@ def test_half_precision_learns_what_full_precision_does(model):
         cfg = replace(resolve({"kl": 0.0, "loss": "sft"}, policy.tools.family)[0], max_grad_norm=1e9)
         item = encode(policy.tools, "Where?", noise((112, 84), 0))
         batch = collate(policy, [item])
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(policy.device).manual_seed(0)
         roll = rollout(policy, batch, 2, 6, generator)
-        roll.tokens[:] = torch.arange(100, 100 + roll.tokens.numel()).view_as(roll.tokens)
+        roll.tokens[:] = torch.arange(100, 100 + roll.tokens.numel()).view(roll.tokens.shape)
         roll.mask[:] = True
-        advantages = torch.tensor([[1e-5, 2e-5]])
+        advantages = torch.tensor([[1e-5, 2e-5]], device=policy.device)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.0)
         locus_mini.update_policy(policy, optimizer, [(batch, roll, advantages, None)], cfg)

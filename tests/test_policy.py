@@ -244,7 +244,7 @@ def test_prompts_answered_in_parts_are_one_rollout(policy):
 
 
 @pytest.mark.parametrize("share", [1, 2, 4])
-def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share):
+def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share, monkeypatch):
     torch.manual_seed(0)
     module = SimpleNamespace(num_key_value_groups=share, is_causal=True)
     query = torch.randn(3, 5, 8, 16).transpose(1, 2)  # [B, A, Q, D], as transformers has it
@@ -254,6 +254,13 @@ def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share):
     ours, _ = policy_module.attend(module, query, key, value, mask, scaling=0.3)
     usual, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     assert ours.shape == (3, 5, 8, 16) and torch.allclose(ours, usual, atol=1e-6)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def as_gpus_lay_it_out(*args, **ways) -> torch.Tensor:  # [B, K, Q, D] out of [B, Q, K, D] in memory
+        return kernel(*args, **ways).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_gpus_lay_it_out)
+    assert torch.equal(policy_module.attend(module, query, key, value, mask, scaling=0.3)[0], ours)
     other, _ = policy_module.attend(module, query, key, value, mask.roll(1, -1), scaling=0.3)
     assert not torch.allclose(other, usual, atol=1e-2), "the mask does nothing"
 
