@@ -4,6 +4,7 @@ A cue is a window of an image. The policy gets the full image and the window's c
 window's box. Cues come from COCO boxes, from any folder of images, or from the embedded world (scenes.py).
 
     python data.py show [--data scenes|coco|DIR] [--source object|random|large|text] [--out cues.png]
+    python data.py export DIR --format easyr1|trl [--data …] [--model …]          see scale/README.md
 """
 
 import argparse
@@ -43,6 +44,7 @@ class Cue:
     size: str  # tiny | small | large
     text: str | None = None  # what is in the window, if that is known
     scene: Scene | None = None  # where the image was drawn from, if it was
+    name: str | None = None  # of the image's file below its folder, if it has one
 
     @property
     def crop(self) -> Image.Image:
@@ -173,7 +175,7 @@ def CocoCues(
             box, text = sample_cue_box(rng, one.box, *one.size, cfg), one.text
         fits = box and size_class(box, *one.size) == size
         image = photos.open(one.name, one.size) if fits else None
-        return image and Cue(image, box, size, text)
+        return image and Cue(image, box, size, text, name=one.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
 
@@ -183,9 +185,9 @@ def FolderCues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
     names, photos = open_folder(folder, split)
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        image = photos.open(rng.choice(names))
+        image = photos.open(name := rng.choice(names))
         box = image and sample_random_box(rng, *image.size, size, cfg)
-        return box and Cue(image, box, size)
+        return box and Cue(image, box, size, name=name)
 
     cfg = replace(cfg, source="random")
     return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
@@ -233,19 +235,34 @@ def contact_sheet(cues: Cues, n: int) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="a sheet of cues")
-    show.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
-    for name in ("annotations", "images", "exclude", "expressions"):
-        show.add_argument(f"--{name}", type=Path, help="of COCO")
-    show.add_argument("--source", choices=SOURCES, default="object")
-    show.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
-    show.add_argument("--seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="a sheet of cues")
+    export = commands.add_parser("export", help="the loop's cues as files for EasyR1 or TRL")
+    for command in (show, export):
+        command.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
+        for name in ("annotations", "images", "exclude", "expressions"):
+            command.add_argument(f"--{name}", type=Path, help="of COCO")
+        command.add_argument("--source", choices=SOURCES, default="object")
+        command.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues, else small")
+        command.add_argument("--seed", type=int, default=0)
     show.add_argument("--n", type=int, default=12, help="how many")
     show.add_argument("--out", type=Path, default=Path("cues.png"))
+    export.add_argument("out", type=Path, metavar="DIR", help="folder to write, or to go on with")
+    export.add_argument("--format", choices=("easyr1", "trl"), required=True)
+    export.add_argument("--split", choices=("train", "heldout"), default="train")
+    export.add_argument("--limit", type=int, default=99_500, help="cues (default: the paper's %(default)s)")
+    export.add_argument("--model", help="whose prompt and box frame (default: tiny, or Qwen's of --frame)")
+    export.add_argument("--frame", choices=("resized", "relative1000"), help="default: the model's")
+    export.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the engine")
     args = vars(parser.parse_args())
-    cfg = CueConfig(args.pop("source"), args.pop("tiny_ratio"))
-    out, n, _ = (args.pop(name) for name in ("out", "n", "command"))
+    command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     try:
+        if command == "export":
+            from scale.export import export_cues  # which imports this file
+
+            export_cues(cfg=cfg, **args)
+            return
+        out, n = args.pop("out"), args.pop("n")
         if n < 1:
             raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
         contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
