@@ -9,7 +9,6 @@ Every flag of TRL's GRPOConfig can follow; without it the paper's value holds (T
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -27,46 +26,46 @@ from reward import box_reward
 PAPER = dict(loss_type="dapo", beta=0.01, epsilon=0.2, epsilon_high=0.3, delta=3.0, num_iterations=1)
 PAPER |= dict(num_generations=8, temperature=1.0, top_p=1.0, scale_rewards="group", weight_decay=0.01)
 PAPER |= dict(max_grad_norm=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=400)
-OURS = dict(shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50, report_to="none")
+OURS = dict(
+    shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50, report_to="none"
+)
 
 
-def read_flags() -> tuple[argparse.Namespace, GRPOConfig]:
-    """Our few flags, and TRL's with the paper's defaults; the batch follows from prompts and processes."""
+def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
+    """Our few flags, the export's settings, and TRL's flags with the paper's defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("export", type=Path, help="folder of data.py export --format trl")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--lora-rank", type=int, default=0, help="rank of an adapter; 0: all weights")
     parser.add_argument("--prompts", type=int, default=128, help="an optimizer step; paper")
     parser.add_argument("--updates", type=int, default=4, help="optimizer steps a rollout; paper")
-    parser.add_argument("--micro-batch", type=int, default=8, help="answers a process in one pass; memory only")
+    parser.add_argument("--micro-batch", type=int, default=8, help="answers in one pass; memory only")
     ours, rest = parser.parse_known_args()
-    trl = HfArgumentParser(GRPOConfig)
+    path, answers = ours.export / "train.settings.json", ours.prompts * PAPER["num_generations"]
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if settings.get("engine") != "trl":
+        parser.error(f"{ours.export} is no export for TRL: make one with data.py export --format trl.")
     each = ours.micro_batch * int(os.environ.get("WORLD_SIZE", 1))
-    group = PAPER["num_generations"]
-    passes, left = divmod(ours.prompts * group, each)
-    if left or not passes:
-        sys.exit(f"--prompts {ours.prompts} × {group} answers are no multiple of {each} at a time: change one.")
-    batch = dict(per_device_train_batch_size=ours.micro_batch, gradient_accumulation_steps=passes)
-    batch |= dict(steps_per_generation=passes * ours.updates, bf16=torch.cuda.is_available())
+    if answers % each:
+        parser.error(f"--prompts {ours.prompts} are {answers} answers, no multiple of {each} in one pass.")
+    batch = dict(per_device_train_batch_size=ours.micro_batch, gradient_accumulation_steps=answers // each)
+    batch |= dict(steps_per_generation=answers // each * ours.updates, bf16=torch.cuda.is_available())
+    trl = HfArgumentParser(GRPOConfig)
     trl.set_defaults(**PAPER, **OURS, **batch, learning_rate=1e-5 if ours.lora_rank else 1e-6)
-    return ours, trl.parse_args_into_dataclasses(rest)[0]
+    return ours, settings, trl.parse_args_into_dataclasses(rest)[0]
 
 
 def main() -> None:
-    ours, args = read_flags()
-    settings = json.loads((ours.export / "train.settings.json").read_text(encoding="utf-8"))
-    model, (low, high) = model_folder(ours.model), settings["pixels"]
-    size = {"shortest_edge": low, "longest_edge": high}
+    ours, settings, args = read_flags()
+    model, (low, high), rank = model_folder(ours.model), settings["pixels"], ours.lora_rank
+    size = {"shortest_edge": low, "longest_edge": high}  # the boxes are for these limits
     processor = AutoProcessor.from_pretrained(model, size=size, padding_side="left")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=Family.lora_targets) if rank else None
     with args.main_process_first(desc="reading the export"):
         data = load_dataset("json", data_files=str(ours.export / "train.jsonl"), split="train")
-        data = data.map(lambda row: {"images": [str(ours.export.resolve() / name) for name in row["images"]]})
+        data = data.map(lambda row: {"images": [str(ours.export.absolute() / p) for p in row["images"]]})
     data = data.cast_column("images", List(Image()))
-    adapter = None
-    if ours.lora_rank:
-        rank = ours.lora_rank
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=Family.lora_targets)
-    trainer = GRPOTrainer(model, box_reward, args, data, processing_class=processor, peft_config=adapter)
+    trainer = GRPOTrainer(model, box_reward, args, data, processing_class=processor, peft_config=lora)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()
