@@ -34,7 +34,13 @@ GROUP, ANSWER = 8, 100
 # What makes TRL's step the loop's: see README.md. Rewards are scaled by std + 1e-4, the loop's by std + 1e-6.
 SAME = dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.3, scale_rewards="group", num_generations=GROUP)
 SAME |= dict(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, importance_sampling_level="token")
-SAME |= dict(num_iterations=1, mask_truncated_completions=False, max_grad_norm=1.0, weight_decay=0.01)
+SAME |= dict(
+    use_bias_correction_kl=False,
+    num_iterations=1,
+    mask_truncated_completions=False,
+    max_grad_norm=1.0,
+    weight_decay=0.01,
+)
 
 
 def rows_of(policy: Policy, cues: list[Cue], source: str) -> list[dict[str, Any]]:

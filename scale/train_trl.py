@@ -25,6 +25,7 @@ from reward import box_reward
 # negative advantages, which is the dual clip; constant_with_warmup takes a share of the steps below 1.
 PAPER = dict(loss_type="dapo", beta=0.01, epsilon=0.2, epsilon_high=0.3, delta=3.0, num_iterations=1)
 PAPER |= dict(num_generations=8, temperature=1.0, top_p=1.0, scale_rewards="group", weight_decay=0.01)
+PAPER |= dict(use_bias_correction_kl=False)
 PAPER |= dict(max_grad_norm=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=400)
 OURS = dict(
     shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50, report_to="none"
