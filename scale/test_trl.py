@@ -14,13 +14,14 @@ import torch
 from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoProcessor, TrainerCallback
 
 from data import Cue, CueConfig, SceneCues, encode_cue
 from locus_mini import group_advantages, update_policy
-from policy import Policy, Rollout, add_lora, collate, load_policy, rollout, texts, token_logps
+from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from reward import reward
-from scale.side_by_side import GROUP, make_trainer, rows_of
+from scale.export import model_folder
+from scale.side_by_side import GROUP, add_lora, load_policy, make_trainer, rows_of
 from settings import Config
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,22 @@ def test_rows_for_easyr1_pass_datasets(tmp_path):
         assert all((tmp_path / "cues" / name).is_file() for name in row["images"])
 
 
+def test_trl_sees_what_the_loop_sees():
+    """Tokens and pixels by the processor that train_trl.py takes, torchvision's, are those of encode."""
+    policy, scenes = load_policy("tiny"), SceneCues(CueConfig(), "train", 4)
+    low, high = policy.tools.family.image_pixels
+    size = {"shortest_edge": low, "longest_edge": high}
+    processor = AutoProcessor.from_pretrained(model_folder("tiny"), size=size)
+    for cue in (scenes[i] for i in range(4)):
+        (row,), item = rows_of(policy, [cue], "object"), encode_cue(policy.tools, cue, "object")
+        text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        seen = processor(images=row["images"], text=[text], return_tensors="pt")
+        assert seen["input_ids"][0].tolist() == item.ids.tolist()
+        assert seen["mm_token_type_ids"][0].tolist() == item.kinds.tolist()
+        pixels = torch.cat([picture.pixels for picture in item.pictures])
+        assert (seen["pixel_values"] - pixels).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------- one step, ours and TRL's
 
 
@@ -78,6 +95,10 @@ def gradient(model: PeftModel) -> torch.Tensor:
     found = sorted((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     assert found and all("lora_" in name for name, _ in found)
     return torch.cat([grad.flatten() for _, grad in found])
+
+
+def cosine_of(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +160,7 @@ def test_loss_and_gradient_agree_on_recorded_answers(recorded, tmp_path, dual_cl
     its = trainer.compute_loss(trainer.model, given)
     its.backward()
     theirs = gradient(trainer.model)
-    cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
+    cosine = cosine_of(ours, theirs)
     print(f"\ndual clip {dual_clip}: loss {loss:.6f} and {its.item():.6f}, cosine {cosine:.7f}")
     assert loss == pytest.approx(its.item(), abs=1e-4) and abs(loss) > 1e-3
     assert cosine > 0.999 and norm == pytest.approx(theirs.norm().item(), rel=1e-2)
@@ -159,6 +180,6 @@ def test_a_whole_step_of_trl_has_our_gradient(recorded, tmp_path):
     trainer.add_callback(grab)
     trainer.train()
     its = trainer.state.log_history[0]["loss"]
-    cosine = torch.cosine_similarity(ours, grab.found, dim=0).item()
+    cosine = cosine_of(ours, grab.found)
     print(f"\na whole step: loss {loss:.6f} and {its:.6f}, cosine {cosine:.7f}")
     assert loss == pytest.approx(its, abs=1e-3) and cosine > 0.999

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from transformers import AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-from policy import model_folder
 from prompts import Family
 from reward import box_reward
+from scale.export import model_folder
 
 # dapo is the mean over the tokens of an optimizer step, the loop's token_mean; delta bounds the ratio at
 # negative advantages, which is the dual clip; constant_with_warmup takes a share of the steps below 1.
