@@ -4,7 +4,8 @@ A cue is a window of an image. The policy gets the full image and the window's c
 window's box. Cues come from COCO boxes, from any folder of images, or from the embedded world (scenes.py).
 
     python data.py show [--data scenes|coco|DIR] [--source object|random|large|text] [--out cues.png]
-    python data.py export DIR --format easyr1|trl [--data …] [--model …]          see scale/README.md
+    python data.py fetch DIR --annotations FILE --limit N     only the COCO images that the first N cues use
+    python data.py export DIR --format easyr1|trl             the cues as files for other engines
 """
 
 import argparse
@@ -15,12 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
+import fetch
 import scenes
 from photos import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
 from prompts import Encoded, Tools, encode, prompt_text
+from scale.command import add_export, export
 from scenes import Box, Scene
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
@@ -147,7 +151,14 @@ def SceneCues(cfg: CueConfig, split: str, seed: int, things: tuple[int, int] = (
 
 
 def CocoCues(
-    annotations: Path, images: Path, cfg: CueConfig, split: str, seed: int, exclude=None, expressions=None
+    annotations: Path,
+    images: Path,
+    cfg: CueConfig,
+    split: str,
+    seed: int,
+    exclude: Path | None = None,
+    expressions: Path | None = None,
+    photos: Photos | None = None,
 ) -> Cues:
     """Cues from COCO's boxes; training and held-out cues never share an image, opened when drawn."""
     if not images.is_dir():
@@ -165,7 +176,7 @@ def CocoCues(
     for part in left_out:
         part.warn()
     files = len({one.name for one in boxes})
-    photos = Photos(images, LeftOut(f"{split} images in {images}", files))
+    photos = photos or Photos(images, LeftOut(f"{split} images in {images}", files))
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
         one = rng.choice(boxes)
@@ -233,43 +244,54 @@ def contact_sheet(cues: Cues, n: int) -> Image.Image:
     return sheet
 
 
+def show_sheet(cfg: CueConfig, n: int, out: Path, **where: Any) -> None:
+    if n < 1:
+        raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
+    contact_sheet(open_cues(**where, split="train", cfg=cfg), n).save(out)
+    print(out)
+
+
+def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: Path | None) -> None:
+    """Download what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
+    if min(limit, heldout) < 1:
+        raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
+    wanted = fetch.begin(files["images"], files["annotations"])
+    cues = open_cues("coco", "train", seed, cfg, photos=wanted, **files)
+    unseen = open_cues("coco", "heldout", 0, CueConfig(), photos=wanted, **files)
+    fetch.fetch(wanted, lambda: [part[i] for part, n in ((cues, limit), (unseen, heldout)) for i in range(n)])
+    flags = files | {"source": cfg.source, "tiny-ratio": cfg.tiny_ratio, "seed": seed}
+    print(fetch.how_to_go_on(wanted, limit, heldout, flags))
+
+
 def main() -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    for name in ("annotations", "exclude", "expressions"):
+        common.add_argument(f"--{name}", type=Path, help="of COCO")
+    common.add_argument("--source", choices=SOURCES, default="object")
+    common.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
+    common.add_argument("--seed", type=int, default=0)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="a sheet of cues")
-    export = commands.add_parser("export", help="the loop's cues as files for EasyR1 or TRL")
-    for command in (show, export):
-        command.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
-        for name in ("annotations", "images", "exclude", "expressions"):
-            command.add_argument(f"--{name}", type=Path, help="of COCO")
-        command.add_argument("--source", choices=SOURCES, default="object")
-        command.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues, else small")
-        command.add_argument("--seed", type=int, default=0)
+    show = commands.add_parser("show", parents=[common], help="a sheet of cues")
+    show.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
+    show.add_argument("--images", type=Path, help="of COCO")
     show.add_argument("--n", type=int, default=12, help="how many")
     show.add_argument("--out", type=Path, default=Path("cues.png"))
-    export.add_argument("out", type=Path, metavar="DIR", help="folder to write, or to go on with")
-    export.add_argument("--format", choices=("easyr1", "trl"), required=True)
-    export.add_argument("--split", choices=("train", "heldout"), default="train")
-    export.add_argument("--limit", type=int, default=99_500, help="cues (default: the paper's %(default)s)")
-    export.add_argument("--model", help="whose prompt and box frame (default: tiny, or Qwen's of --frame)")
-    export.add_argument("--frame", choices=("resized", "relative1000"), help="default: the model's")
-    export.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the engine")
+    get = commands.add_parser("fetch", parents=[common], help="download only what the first COCO cues use")
+    get.add_argument("images", metavar="DIR", type=Path, help="where to; what is there is kept")
+    get.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
+    get.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    add_export(commands, common)
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     try:
-        if command == "export":
-            from scale.export import export_cues  # which imports this file
-
-            export_cues(cfg=cfg, **args)
-            return
-        out, n = args.pop("out"), args.pop("n")
-        if n < 1:
-            raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
-        contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
+        {"show": show_sheet, "fetch": fetch_images, "export": export}[command](cfg, **args)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(out)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

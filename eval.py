@@ -26,9 +26,9 @@ from card import card
 from data import SOURCES, CueConfig, SceneCues, UserError, open_cues
 from heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
 from journal import Run, open_run
+from models import load_adapter, load_policy, model_folder
 from photos import Unfit, load_image
 from pictures import draw_cues, draw_looking
-from policy import load_adapter, load_policy, model_folder
 from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
 from scenes import Question, keep_only, render
 
@@ -130,7 +130,7 @@ def benchmark_task(run: Run) -> dict[str, Any]:
     task, samples = run.args.task, list(read_samples(run.args.task, Path(run.args.data)))
     if run.args.n is not None and run.args.n < len(samples):  # of all parts of the file alike
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), run.args.n))]
-    thinks = PROMPTS[run.tools.family.prompts]["think"] != ""
+    thinks = PROMPTS[run.tools.family.template]["think"] != ""
     scored, results = [], {}
     for side, switch in run.sides:
         scored.append(scores := Scores({}, {}, []))

@@ -11,7 +11,8 @@ from typing import Any
 
 from data import UserError
 from heldout import at_a_time, recall
-from policy import Policy, model_folder
+from models import model_folder
+from policy import Policy
 from prompts import PROMPTS, Encoded, Tools
 
 LONGEST = 8192  # tokens of an answer to a benchmark, the paper's
@@ -83,7 +84,7 @@ class Run:
     def ways(self, benchmark: bool = False) -> tuple[int, int]:
         """The longest answer in tokens, and how many prompts at a time."""
         family = self.policy.tools.family
-        usual = LONGEST if benchmark and PROMPTS[family.prompts]["think"] else family.max_new_tokens
+        usual = LONGEST if benchmark and PROMPTS[family.template]["think"] else family.max_new_tokens
         return self.args.max_new_tokens or usual, self.args.batch or at_a_time(self.policy)
 
     def ask(

@@ -11,7 +11,9 @@ import math
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,18 @@ from tqdm import tqdm
 
 import check
 import heldout
+import memory
 import pictures
 import runs
-from controls import IMITATION, all_weights, best_answers, encode_task, score_group, true_answers
-from data import CueConfig, Cues, UserError, open_cues
+from controls import IMITATION, best_answers, encode_task, score_group, true_answers
+from data import Cue, CueConfig, Cues, UserError, open_cues
 from journal import Journal, fingerprint
-from policy import Policy, add_lora, collate, load_policy, rollout, texts, token_logps
-from settings import Config, begun_settings, read_flags, resolve
+from memory import phase, prepare
+from policy import Policy, Rollout, collate, rollout, texts, token_logps
+from prompts import Encoded, Tools
+from settings import MEMORY, Config, begun_settings, read_flags, show
+
+HALF_SCALE = 2.0**14  # of the loss in float16, whose smallest gradients would be lost
 
 # ---------------------------------------------------------------- GRPO, as functions of tensors
 
@@ -110,7 +117,8 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
     tokens = sum(roll.mask.sum() for _, roll, _, _ in passes).item()
     answers = sum(roll.stopped.numel() for _, roll, _, _ in passes)
     sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "rollout_gap": 0.0}
-    finite = True
+    finite, trained = True, optimizer.param_groups[0]["params"]
+    scale = HALF_SCALE if policy.whole.dtype == torch.float16 else 1.0
     optimizer.zero_grad(set_to_none=True)
     for batch, roll, advantages, old in passes:
         if cfg.kl == 0 and not advantages.any():
@@ -128,15 +136,19 @@ def update_policy(policy: Policy, optimizer: Any, passes: list[tuple], cfg: Conf
             loss, stats = grpo_loss(logps, old, ref, advantages, weights, cfg)
             sums["kl"] += stats["kl"].item() / tokens
             sums["clipped"] += stats["clipped"].item() / tokens
-        loss.backward()
+        (scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
         sums["loss"] += loss.item()
         if cfg.loss != "sft":
             sums["rollout_gap"] = max(sums["rollout_gap"], (old - roll.logps).abs().max().item())
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
+    for parameter in trained:
+        if parameter.grad is not None:
+            parameter.grad /= scale
+    norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
     finite = finite and math.isfinite(norm.item())
     if finite:
-        optimizer.step()
+        with phase("optimizer"):
+            optimizer.step()
     return sums | {"grad_norm": norm.item(), "skipped": float(not finite)}
 
 
@@ -147,17 +159,39 @@ def micro_batches(cfg: Config) -> list[list[slice]]:
     return [[slice(i, min(i + size, end)) for i in range(start, end, size)] for start, end in updates]
 
 
-def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Config) -> tuple[dict, dict]:
-    """One rollout and the optimizer steps on it. Returns the metrics and, to show, one group."""
-    began = time.monotonic()
+def draw_step(tools: Tools, cues: Cues, step: int, cfg: Config) -> tuple[range, list[Cue], list[Encoded]]:
+    """The numbers of a step's cues, the cues, their prompts. Nothing here needs the model."""
     numbers = range(step * cfg.prompts, (step + 1) * cfg.prompts)
     drawn = [cues[i] for i in numbers]
-    items = [encode_task(policy.tools, cue, i, cfg.source, cfg.reward) for cue, i in zip(drawn, numbers)]
+    return (
+        numbers,
+        drawn,
+        [encode_task(tools, cue, i, cfg.source, cfg.reward) for cue, i in zip(drawn, numbers)],
+    )
+
+
+def roll_out(policy: Policy, items: list[Encoded], step: int, cfg: Config) -> Rollout:
+    """G answers to each prompt of a step, cfg.rollout_batch prompts at a time."""
+    generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
+    some = [items[i : i + cfg.rollout_batch] for i in range(0, len(items), cfg.rollout_batch)]
+    ways = (cfg.group, cfg.max_new_tokens, generator)
+    return Rollout.join([rollout(policy, collate(policy, part), *ways) for part in some])
+
+
+def train_step(
+    policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Config, ready: tuple | None = None
+) -> tuple[dict, dict]:
+    """One rollout and the optimizer steps on it. Returns the metrics and, to show, one group.
+
+    ready: what `draw_step` gives, if it was asked before.
+    """
+    began = time.monotonic()
+    numbers, drawn, items = ready or draw_step(policy.tools, cues, step, cfg)
     if cfg.loss == "sft":
         roll = true_answers(policy, items, drawn)
     else:
-        generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
-        roll = rollout(policy, collate(policy, items), cfg.group, cfg.max_new_tokens, generator)
+        with phase("rollout"):
+            roll = roll_out(policy, items, step, cfg)
     answers = texts(policy, roll)  # B × G
     rows = zip(answers, items, drawn, numbers, strict=True)
     scored = [score_group(*row, cfg.reward, cfg.alpha) for row in rows]
@@ -173,14 +207,15 @@ def train_step(policy: Policy, optimizer: Any, cues: Cues, step: int, cfg: Confi
     for slices in micro_batches(cfg):
         share = [(collate(policy, items[s]), roll.rows(s), advantages[s], None) for s in slices]
         if cfg.updates * cfg.iterations > 1:  # π_old is the policy before the first of several steps
-            with torch.no_grad():
+            with torch.no_grad(), phase("policy pass"):
                 share = [(b, r, a, token_logps(policy, b, r.tokens, r.mask)) for b, r, a, _ in share]
         updates.append(share)
     found = []
     for i, share in enumerate(updates * cfg.iterations):
         lr = learning_rate(step * cfg.updates * cfg.iterations + i, cfg)
         optimizer.param_groups[0]["lr"] = lr
-        found.append(update_policy(policy, optimizer, share, cfg))
+        with phase("policy pass"):
+            found.append(update_policy(policy, optimizer, share, cfg))
     flat = [r for row in scored for r in row]
     metrics = {"step": step, "reward": rewards.mean().item(), "iou": heldout.mean(r.iou for r in flat)}
     metrics |= {"format": heldout.mean(r.format for r in flat), "lr": lr}
@@ -201,9 +236,12 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) ->
     start = runs.load_checkpoint(folder, policy.model, optimizer, state)
     log, history = runs.open_metrics(folder, start)
     bar = tqdm(total=cfg.steps, initial=start, desc="GRPO")
-    with log, bar, runs.Interruption() as interruption:
+    with log, bar, runs.Interruption() as interruption, ThreadPoolExecutor(1) as beside:
+        # The next step's pictures are read and cut into patches while this one keeps the GPU busy.
+        ahead = beside.submit(draw_step, policy.tools, cues, start, cfg)
         for step in range(start, cfg.steps):
-            metrics, shown = train_step(policy, optimizer, cues, step, cfg)
+            ready, ahead = ahead.result(), beside.submit(draw_step, policy.tools, cues, step + 1, cfg)
+            metrics, shown = train_step(policy, optimizer, cues, step, cfg, ready)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             history.append(metrics)
@@ -235,16 +273,16 @@ def run(flags: dict[str, Any]) -> None:
     folder, begun = flags.pop("resume", None), {}
     if folder is not None:
         begun = runs.read_config(folder, names)
-        runs.refuse_difference(folder / "config.json", begun, flags)
-        flags = begun_settings(begun)
-    policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"))
-    cfg, origin = resolve(flags, policy.tools.family)
+        less = {name: value for name, value in flags.items() if name in MEMORY}
+        asked = {name: value for name, value in flags.items() if name not in MEMORY}
+        runs.refuse_difference(folder / "config.json", begun, asked)
+        flags = begun_settings(begun) | less
+    policy, cfg, origin = prepare(flags)
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     unseen = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
     folder, origin = folder or runs.new_folder(cfg.out), begun.get("origin", origin)
-    for name in names:
-        print(f"{name:>16} = {getattr(cfg, name)!s:<12} {origin[name]}")
+    show(cfg, policy.tools.family, origin)
     if cfg.preset == "paper":
         print("Note: 1e-6 is the paper's rate for all weights; an adapter needs about ten times as much.")
     for part in (part for part in cues.left_out if part.reasons):
@@ -257,7 +295,7 @@ def run(flags: dict[str, Any]) -> None:
     else:
         more = {"origin": origin, "versions": runs.versions()}
         runs.write_json(folder / "config.json", asdict(cfg) | about | more)
-    state = about | {name: str(value) for name, value in asdict(cfg).items() if name != "out"}
+    state = about | {name: str(v) for name, v in asdict(cfg).items() if name not in ("out", *MEMORY)}
     try:
         with runs.at_work(folder):
             before_train_after(policy, cues, unseen, cfg, folder, state, began)
@@ -274,7 +312,6 @@ def before_train_after(
         print(f"{folder} is complete: its results.json is there.")
         return
     runs.last_step(folder, state)
-    policy = add_lora(policy, cfg.lora_rank, cfg.seed) if cfg.lora_rank else all_weights(policy, cfg.seed)
     first = [
         encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(min(4, cfg.prompts))
     ]
@@ -302,8 +339,9 @@ def before_train_after(
 
 def main() -> None:
     flags, usual = read_flags(__doc__), signal.signal(signal.SIGTERM, runs.interrupt)
+    work = partial(memory.dry_run, train_step=train_step) if flags.pop("dry_run", False) else run
     try:
-        run(flags)
+        work(flags)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

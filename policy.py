@@ -1,4 +1,4 @@
-"""The multimodal model as a policy: load it, adapt it, roll out groups of answers, score them.
+"""The multimodal model as a policy: roll out groups of answers, score them.
 
 A group is G answers to one prompt, and the prompt (two images) is most of the tokens. So a prompt is one
 row, in the rollout and in every later pass: `[prompt | the tokens of all G answers]`, where a mask lets each
@@ -6,23 +6,22 @@ answer see the prompt and itself, and positions start again after the prompt for
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError
-from prompts import FAMILIES, Encoded, Tools, opening
+from photos import UserError
+from prompts import Encoded, Tools
 
-LOGIT_ROWS = 1024  # tokens whose logits are held at a time
+LOGITS = 2**24  # numbers held at a time where answers are scored: 67 MB in float32
+PATCHES = 2**15  # of pictures that are seen at a time
 
 
 @dataclass
@@ -45,86 +44,6 @@ class Policy:
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
 
-def model_folder(name: str) -> str:
-    """A model folder, `tiny` beside this file, or a hub id as it is; UserError for anything else."""
-    for folder in (Path(name), Path(__file__).resolve().parent / name):
-        if folder.is_dir():
-            return str(folder)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"--model {name} is no folder: give tiny, a model folder or an id like Qwen/NAME.")
-    return name
-
-
-def load_policy(name: str, load_in_4bit: bool | None = None, frame: str | None = None) -> Policy:
-    """Model, tokenizer and image processor of a folder or hub id; 4-bit if asked (default: where CUDA is).
-
-    No AutoProcessor: Qwen-VL's needs torchvision. UserError where the model cannot be had, or its family, and
-    so its box frame, is unknown and `frame` is not given.
-    """
-    folder, cuda = model_folder(name), torch.cuda.is_available()
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
-    dtype, device = (half, torch.device("cuda")) if cuda else (torch.float32, torch.device("cpu"))
-    safe = dict(trust_remote_code=False)  # unset, transformers asks whether to run a model's own code
-    try:
-        config = hf.AutoConfig.from_pretrained(folder, **safe)
-        kind = getattr(config, "locus_family", config.model_type)
-        if kind not in FAMILIES and frame is None:
-            raise UserError(f"--model {name} is of the unknown family {kind}: name its --box-frame.")
-        family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
-        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
-        four = cuda if load_in_4bit is None else load_in_4bit
-        how = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if four else None)
-        how |= dict(attn_implementation="sdpa", use_safetensors=True)  # a pickle could run anything
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how, **safe)
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **safe)
-        family = replace(family, box_frame=frame or family.box_frame, opening=opening(tokenizer))
-        tools = Tools(tokenizer, hf.AutoImageProcessor.from_pretrained(folder, **safe), family, "")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its repacked weights would pass no gradient on
-            module.support_avx512bf16_for_cpu = False
-    return make_policy(model.eval().requires_grad_(False), tools, device)
-
-
-def make_policy(model: nn.Module, tools: Tools, device: torch.device) -> Policy:
-    """A policy around a loaded model: which tokens stop an answer, and which must never be part of one."""
-    config = model.config
-    tools.image_token = tools.tokenizer.convert_ids_to_tokens(config.image_token_id)
-    forbidden = torch.zeros(config.get_text_config().vocab_size, device=device)
-    forbidden[[config.image_token_id, config.video_token_id]] = -torch.inf
-    for proj in (module for module in model.modules() if isinstance(module, nn.Conv3d)):
-        proj.forward = partial(patch_product, proj)  # PyTorch's convolution takes several times as long
-    stops = model.generation_config.eos_token_id
-    stops = {tools.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    return Policy(model, tools, device, forbidden, torch.tensor(sorted(stops), device=device))
-
-
-def patch_product(proj: nn.Conv3d, patches: Tensor) -> Tensor:
-    """The convolution of patches [N, C, 2, p, p] as the one product that it is, [N, H]: none overlap."""
-    return F.linear(patches.flatten(1), proj.weight.flatten(1), proj.bias)
-
-
-def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
-    """LoRA on the text layers, float32 (bf16 would not move at small steps); B = 0: no change yet."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=policy.tools.family.lora_targets)
-    return replace(policy, model=get_peft_model(policy.model, config).eval())
-
-
-def load_adapter(policy: Policy, folder: Path) -> Policy:
-    """The policy with a trained adapter from a folder in PEFT's format."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"--adapter {folder} holds no {name}: give the adapter folder of a run.")
-    try:
-        return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
-    except (OSError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--adapter {folder} does not fit the model ({why}): give its own --model.") from None
-
-
 # ---------------------------------------------------------------- prompts in a batch
 
 
@@ -145,12 +64,17 @@ def see(policy: Policy, items: list[Encoded]) -> None:
     new = list({id(p): p for item in items for p in item.pictures if p.features is None}.values())
     if not new:
         return
+    if len(items) > 1 and sum(len(picture.pixels) for picture in new) > PATCHES:
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            see(policy, half)
+        return
     pixels = torch.cat([picture.pixels for picture in new]).to(policy.device)  # [patches, C·2·p·p]
     grids = torch.stack([picture.grid for picture in new]).to(policy.device)  # [images, 3]
     seen = policy.whole.model.get_image_features(pixels, grids)
     layers = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
     for i, picture in enumerate(new):
-        picture.features = [layer[i] for layer in layers]  # (1 + deepstack) × [cells, H]
+        # On the CPU: a step of many prompts would fill a GPU with them, and sending is cheap.
+        picture.features = [layer[i].cpu() for layer in layers]  # (1 + deepstack) × [cells, H]
         picture.pixels = torch.empty(0)
 
 
@@ -195,7 +119,7 @@ def run_text(
     """
     seen = {}
     if items is not None:
-        features = [picture.features for item in items for picture in item.pictures]
+        features = [[f.to(ids.device) for f in p.features] for item in items for p in item.pictures]
         layers = list(zip(*features, strict=True))  # (1 + deepstack) × images × [cells, H]
         seen["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
     mask = group_mask(segments, ids.shape[1])
@@ -221,6 +145,17 @@ class Rollout:
     def rows(self, some: slice) -> "Rollout":
         return Rollout(self.tokens[some], self.mask[some], self.logps[some], self.stopped[some])
 
+    @staticmethod
+    def join(parts: list["Rollout"]) -> "Rollout":
+        """Rollouts of several batches as one, padded to the longest answer of all."""
+        longest = max(part.tokens.shape[2] for part in parts)
+
+        def pad(tensor: Tensor) -> Tensor:
+            return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor  # [B, G, T]
+
+        columns = zip(*((part.tokens, part.mask, part.logps, part.stopped) for part in parts), strict=True)
+        return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
+
 
 @torch.no_grad()
 def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, generator=None) -> Rollout:
@@ -234,15 +169,16 @@ def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, gener
     hidden = hidden[:, -1:].expand(-1, group, -1)  # [B, G, H]
     alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
     number = torch.arange(1, group + 1, device=policy.device)  # [G]
+    finite = torch.ones((), dtype=torch.bool, device=policy.device)
     steps = []
     for t in range(max_new_tokens):
         logps = (policy.whole.lm_head(hidden).float() + policy.forbidden).log_softmax(-1)  # [B, G, V]
         if generator is None:
             token = logps.argmax(-1)  # [B, G]
         else:
-            if not hidden.isfinite().all():  # multinomial would raise, on a GPU beyond repair
-                raise UserError(f"The model's states are not finite in {hidden.dtype}: load it in another.")
-            token = torch.multinomial(logps.exp().flatten(0, 1), 1, generator=generator).view_as(alive)
+            finite = finite & hidden.isfinite().all()  # looked at in the end: a look waits for the GPU
+            chances = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; NaN would break a GPU
+            token = torch.multinomial(chances, 1, generator=generator).view_as(alive)
         steps.append((token, alive, logps.gather(-1, token[..., None])[..., 0] * alive))
         alive = alive & ~torch.isin(token, policy.stop_ids)
         if t + 1 == max_new_tokens or not alive.any():
@@ -250,6 +186,9 @@ def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, gener
         segments = torch.cat([segments, torch.where(alive, number, -1)], 1)  # [B, P + (t+1)·G]
         positions = (batch.start + t)[None, :, None].expand(3, -1, group)  # [3, B, G]
         hidden = run_text(policy, token, segments, positions, None, cache)  # [B, G, H]
+    if not finite:
+        why = "its weights are damaged, or need a card that has bfloat16"
+        raise UserError(f"The model's states are not finite in {hidden.dtype}: {why}.")
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
     return Rollout(tokens, mask, logps, ~alive)
 
@@ -296,5 +235,6 @@ def chosen_logps(policy: Policy, hidden: Tensor, chosen: Tensor) -> Tensor:
         logits = policy.whole.lm_head(h).float() + policy.forbidden  # [n, V]
         return logits.gather(-1, c[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
 
-    pairs = zip(hidden.split(LOGIT_ROWS), chosen.split(LOGIT_ROWS), strict=True)
+    rows = max(1, LOGITS // len(policy.forbidden))
+    pairs = zip(hidden.split(rows), chosen.split(rows), strict=True)
     return torch.cat([checkpoint(score, h, c, use_reentrant=False) for h, c in pairs])

@@ -1,6 +1,6 @@
 """Prompts and box frames: from text and pictures to what a model family takes, and back from its boxes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -56,25 +56,38 @@ UNITS = {"resized": "pixel coordinates", "relative1000": "coordinates from 0 to 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model families: one row of FAMILIES. A flag, where there is one, wins."""
+    """What differs between model families: one row of FAMILIES. A flag of the same name wins."""
 
     box_frame: str  # resized | relative1000
-    prompts: str  # key of PROMPTS
+    template: str  # key of PROMPTS
     image_pixels: tuple[int, int]  # least and most pixels of a full image as the model sees it
     crop_pixels: tuple[int, int]  # the same for a crop
     lr: float
-    prompts_a_step: int
+    prompts: int  # a step
     max_new_tokens: int
+    micro_batch: int  # prompts in one forward and backward pass
+    recompute: bool  # text layers keep their inputs alone for the backward pass
     opening: str = ""  # what the chat template has already written of the completion ("<think>")
     lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
 
 
+# Pixels as (28·28 or 32·32 of an image token) × tokens. A model that thinks at length gets room for it.
+QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
+QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
-    "tiny": Family("relative1000", "short", (64**2, 192**2), (64**2, 64**2), 7e-4, 8, 40),
-    "qwen2_5_vl": Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256),
-    "qwen3_vl": Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256),
+    "tiny": Family("relative1000", "short", (64**2, 192**2), (64**2, 64**2), 7e-4, 8, 40, 8, False),
+    "qwen2_5_vl": QWEN2_5,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_thinking": replace(QWEN3, max_new_tokens=1024),  # its chat template opens with <think>
+    "mimo_vl": replace(QWEN2_5, max_new_tokens=1024),  # of Qwen2.5-VL's architecture, but it thinks
 }
+
+
+def limit_pixels(family: Family, image: int, crop: int) -> Family:
+    """The family with other most pixels of image and crop."""
+    low, least = min(family.image_pixels[0], image), min(family.crop_pixels[0], crop)
+    return replace(family, image_pixels=(low, image), crop_pixels=(least, crop))
 
 
 @dataclass
@@ -141,6 +154,6 @@ def opening(tokenizer: Any) -> str:
 
 def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:
     """The words of a task ("cue", "text" or "name"), with the instruction to think unless it is unwanted."""
-    template = PROMPTS[family.prompts]
+    template = PROMPTS[family.template]
     text = template[task].format(units=UNITS[family.box_frame], **words)
     return text + (template["think"] if think else "")

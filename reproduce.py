@@ -3,9 +3,8 @@
     python reproduce.py            every row, two at a time (1.5 hours on 2 cores), then RESULTS.json and .md
     python reproduce.py --quick    the same in 3 minutes, too short to mean anything, into runs/quick
 
-A row is one training with one seed and what its model then answers, in a folder of its own; one that has
-its row.json is not done again (delete that after changing a row), one that was stopped goes on from its last
-checkpoint. Each is on one thread, so figures do not hang on how many there are at a time.
+A row is one training with one seed and what its model then answers, in a folder of its own, on one thread.
+One with a row.json is not done again (delete that after changing a row), a stopped one goes on.
 
 The rule, written down before the run: settings were chosen on the held-out scenes of seed 0; everything here
 is measured on those of HELD_OUT, which nothing was chosen on, with training seeds that nothing was chosen on.
@@ -37,7 +36,8 @@ from data import CueConfig, SceneCues, UserError, open_cues
 from eval import beginning
 from heldout import HeldOut, Scores, evaluate, held_out, recall
 from locus_mini import learning_rate, train
-from policy import Policy, add_lora, load_policy
+from models import add_lora, load_policy
+from policy import Policy
 from prompts import encode, prompt_text
 from settings import Config, resolve
 

@@ -10,6 +10,7 @@ from data import SOURCES, UserError
 from prompts import Family
 
 FORMAT = argparse.RawTextHelpFormatter
+MEMORY = ("rollout_batch", "micro_batch", "recompute")  # may change when a run is resumed
 LOSSES = ("token_mean", "grpo", "dr_grpo", *IMITATION)
 
 
@@ -37,7 +38,11 @@ class Config:
     group: int = setting(8, "answers a prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
     iterations: int = setting(1, "passes over a rollout; paper: 1", low=1)
-    micro_batch: int = setting(8, "prompts in one forward and backward pass; memory only; ours", low=1)
+    rollout_batch: int = setting(16, "prompts that are answered at a time; memory and speed; ours", low=1)
+    micro_batch: int | None = setting(None, "prompts in one forward and backward pass; memory only", low=1)
+    recompute: bool | None = setting(None, "keep text layers' inputs alone for the gradients; memory only")
+    image_pixels: int | None = setting(None, "most pixels of a full image as the model sees it; ours")
+    crop_pixels: int | None = setting(None, "most pixels of a crop as the model sees it; ours")
     max_new_tokens: int | None = setting(None, "longest answer in tokens; ours", low=1)
     lr: float | None = setting(None, "learning rate; paper: 1e-6, for full fine-tuning")
     decay: str = setting("linear", "learning rate after warm-up; paper: constant", ("linear", "constant"))
@@ -66,15 +71,16 @@ class Config:
 PRESETS = {
     "": {},
     "paper": dict(steps=100, prompts=512, updates=4, lr=1e-6, kl=0.01, decay="constant"),
-    "qlora": dict(steps=400, prompts=16, lr=1e-5, kl=0.01, decay="constant", micro_batch=1),
+    "qlora": dict(steps=400, prompts=16, lr=1e-5, kl=0.01, decay="constant"),
 }
 
 
 def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, str]]:
     """Settings and where each came from: flag, else preset, else the family's row, else default."""
     preset = PRESETS[flags.get("preset", "")]
-    row = {"prompts": family.prompts_a_step, "lr": family.lr, "max_new_tokens": family.max_new_tokens}
-    row["box_frame"] = family.box_frame
+    names = ("prompts", "lr", "max_new_tokens", "micro_batch", "recompute", "box_frame")
+    row = {name: getattr(family, name) for name in names}
+    row |= {"image_pixels": family.image_pixels[1], "crop_pixels": family.crop_pixels[1]}
     cfg = Config(**(row | preset | flags))
     origin = dict.fromkeys((f.name for f in fields(Config)), "default") | dict.fromkeys(row, "model family")
     origin |= dict.fromkeys(preset, f"preset {cfg.preset}") | dict.fromkeys(flags, "flag")
@@ -87,7 +93,7 @@ def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, st
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
     if cfg.reward in ("shuffled", "questions") and cfg.data != "scenes":
         raise UserError(f"--reward {cfg.reward} needs scenes, which --data {cfg.data} has not: use iou.")
-    if cfg.lora_rank == 0 and family.prompts != "short":
+    if cfg.lora_rank == 0 and family.template != "short":
         raise UserError("--lora-rank 0 trains all weights, of the embedded model only: give a rank.")
     if cfg.loss in IMITATION:
         if flags.get("kl") or (cfg.loss == "sft" and cfg.reward != "iou"):
@@ -110,7 +116,17 @@ def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]
         parser.add_argument(f"--{f.name.replace('_', '-')}", **ways)
     resume = "folder of a run that was stopped: goes on with it, by the same settings"
     parser.add_argument("--resume", type=Path, default=argparse.SUPPRESS, help=resume)
+    dry = "the largest step twice, and its peak memory; without a GPU a prediction of it"
+    parser.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=dry)
     return vars(parser.parse_args(arguments))
+
+
+def show(cfg: Config, family: Family, origin: dict[str, str]) -> None:
+    """Every resolved value and where it came from."""
+    for f in fields(Config):
+        print(f"{f.name:>16} = {getattr(cfg, f.name)!s:<12} {origin[f.name]}")
+    for name in ("template", "opening", "lora_targets", "skip_4bit"):
+        print(f"{name:>16} = {getattr(family, name)!s:<12} model family")
 
 
 def begun_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ DIR/format.jinja          EasyR1's format prompt: the instruction to think
 
 import json
 import math
-import sys
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import runs
 from data import Cue, CueConfig, UserError, open_cues
 from journal import fingerprint
-from policy import model_folder
+from models import model_folder, read_family
 from prompts import FAMILIES, PROMPTS, BoxFrame, Family, box_frame, opening, prompt_text
 
 EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels of its examples, and of easyr1.yaml
@@ -96,20 +95,15 @@ def find_target(engine: str, model: str | None, frame: str | None, pixels: list[
 
 def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, int]]:
     """Family, cell and pixel limits from a model's small files alone; its weights are not opened."""
+    _, family = read_family(name, frame)
     folder, safe = model_folder(name), dict(trust_remote_code=False)
     try:
-        config = hf.AutoConfig.from_pretrained(folder, **safe)
         processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
         begun = opening(hf.AutoTokenizer.from_pretrained(folder, **safe))
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    kind = getattr(config, "locus_family", config.model_type)
-    if kind not in FAMILIES and frame is None:
-        raise UserError(f"--model {name} is of the unknown family {kind}: name its --frame.")
-    family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
-    family = replace(family, box_frame=frame or family.box_frame, opening=begun)
     own = processor.size["shortest_edge"], processor.size["longest_edge"]
-    return family, processor.patch_size * processor.merge_size, own
+    return replace(family, opening=begun), processor.patch_size * processor.merge_size, own
 
 
 # ---------------------------------------------------------------- rows
@@ -193,7 +187,7 @@ def begin(out: Path, split: str, settings: dict[str, Any]) -> None:
 
 
 def export_cues(
-    out: Path, format: str, split: str, limit: int, cfg: CueConfig, data: str, seed: int, **flags: Any
+    cfg: CueConfig, out: Path, format: str, split: str, limit: int, data: str, seed: int, **flags: Any
 ) -> None:
     """Rows up to `limit` into `out`, as many as are missing; UserError for wrong use and where writing fails.
 
@@ -208,7 +202,7 @@ def export_cues(
     cues = open_cues(data, split, seed, cfg, **flags)
     paths = [path for path in (*flags.values(), source) if path is not None]
     family = {
-        name: getattr(target.family, name) for name in ("box_frame", "prompts", "crop_pixels", "opening")
+        name: getattr(target.family, name) for name in ("box_frame", "template", "crop_pixels", "opening")
     }
     settings = {"data": data, "seed": seed} | asdict(cfg) | asdict(replace(target, family=None)) | family
     settings |= {name: path and path.resolve() for name, path in flags.items()}
@@ -220,7 +214,7 @@ def export_cues(
             begin(out, split, settings)
             image_folder(out, source)
             if format == "easyr1":
-                think = "{{ content | trim }}" + PROMPTS[target.family.prompts]["think"]
+                think = "{{ content | trim }}" + PROMPTS[target.family.template]["think"]
                 (out / "format.jinja").write_text(f"{think}\n", encoding="utf-8")
             done = whole_rows(rows)
             with rows.open("a", encoding="utf-8") as file, tqdm(total=limit, initial=min(done, limit)) as bar:
@@ -235,9 +229,6 @@ def export_cues(
     except OSError as error:
         why = f"{error.filename or out} cannot be written ({error.strerror or error})"
         raise UserError(f"{why}: make room or allow it, then give the same command again.") from None
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
-        sys.exit(130)
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
     print(f"{rows} is complete: {max(done, limit):,} cues.")

@@ -22,7 +22,8 @@ from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor, TrainerCallbac
 
 from data import Cue, CueConfig, Cues, FolderCues, open_cues
 from locus_mini import train_step
-from policy import Policy, add_lora, load_policy, make_policy
+from models import add_lora, load_policy, make_policy
+from policy import Policy
 from prompts import FAMILIES, Tools
 from reward import box_reward
 from scale.export import Target, make_row

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import embedded
-from policy import Policy, add_lora, make_policy
+from models import add_lora, make_policy
+from policy import Policy
 from prompts import FAMILIES, Encoded, Tools, encode
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")

@@ -13,12 +13,13 @@ import scenes
 from controls import all_weights, best_answers, encode_task, question_of, score_group, true_answers
 from data import CueConfig, SceneCues, UserError, encode_cue
 from heldout import thing_of
-from locus_mini import grpo_loss, resolve, sft_loss, token_weights
-from policy import Rollout, collate, load_adapter, load_policy, rollout, texts, token_logps
+from locus_mini import grpo_loss, sft_loss, token_weights
+from models import add_lora, load_adapter, load_policy
+from policy import Rollout, collate, rollout, texts, token_logps
 from prompts import FAMILIES
 from reward import reward
 from runs import save_adapter
-from settings import Config
+from settings import Config, resolve
 
 CUES = SceneCues(CueConfig(), "train", 5)
 SMALL = ["--steps", "3", "--prompts", "4", "--eval-cues", "6", "--show-every", "0"]
@@ -81,7 +82,7 @@ def test_sft_ends_with_the_stop_token_and_hides_its_padding(tiny, some):
 
 
 def test_imitating_raises_the_probability_of_the_true_answers(some, tiny):
-    policy = locus_mini.add_lora(load_policy("tiny"), 4)
+    policy = add_lora(load_policy("tiny"), 4)
     items, cues = some
     cfg, _ = resolve({"loss": "sft", "lr": 2e-3}, policy.tools.family)
     roll = true_answers(policy, items, cues)

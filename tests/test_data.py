@@ -542,9 +542,9 @@ def test_prompts_name_their_units_and_keep_their_braces(kind):
         with_think = prompt_text(family, task, text="a {cup} <b>")
         without = prompt_text(family, task, think=False, text="a {cup} <b>")
         assert with_think.startswith(without) and "{units}" not in with_think
-        assert ("<think>" in with_think) == (family.prompts == "paper") and "<think>" not in without
+        assert ("<think>" in with_think) == (family.template == "paper") and "<think>" not in without
         assert ("a {cup} <b>" in without) == (task == "text")
-        if family.prompts == "paper" and task != "name":
+        if family.template == "paper" and task != "name":
             assert UNITS[family.box_frame] in without
 
 

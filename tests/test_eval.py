@@ -14,7 +14,7 @@ import heldout
 import scenes
 from data import CueConfig, SceneCues, UserError
 from journal import Journal
-from policy import add_lora, load_policy
+from models import add_lora, load_policy
 
 
 @pytest.fixture(scope="module")

@@ -332,7 +332,7 @@ WRONG = {  # what is typed behind an export of 2 cues for TRL, and what the sent
 @pytest.mark.parametrize(("typed", "says"), WRONG.items())
 def test_wrong_use_is_one_sentence_and_changes_nothing(tmp_path, monkeypatch, capsys, typed, says):
     places = {name: tmp_path / name.lower() for name in ("OUT", "NEW", "PHOTOS", "FILE", "OTHER", "DAMAGED")}
-    export_cues(places["OUT"], "trl", "train", 2, CueConfig(), "scenes", 0, **dict.fromkeys(NONE))
+    export_cues(CueConfig(), places["OUT"], "trl", "train", 2, "scenes", 0, **dict.fromkeys(NONE))
     for name in ("PHOTOS", "OTHER", "DAMAGED"):
         places[name].mkdir()
     for k in range(30):

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText
 import embedded
 from check import self_check
 from data import UserError
-from policy import add_lora, collate, load_adapter, load_policy, rollout, token_logps
+from models import add_lora, load_adapter, load_policy
+from policy import collate, rollout, token_logps
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])

@@ -197,7 +197,7 @@ def test_only_the_text_layers_are_adapted(rank):
 
 def test_self_check_passes_on_a_fresh_adapter():
     policy = random_policy("qwen3_vl")
-    from policy import add_lora
+    from models import add_lora
 
     measured = self_check(add_lora(policy, 4), prompts(policy, 2), 4, 12, seed=0)
     assert measured["rollout_gap"] < 1e-4 and measured["packing_gap"] < 1e-4

@@ -15,8 +15,9 @@ import locus_mini
 import scenes
 from data import CueConfig, SceneCues, UserError
 from heldout import answers
-from policy import load_adapter, load_policy
+from models import load_adapter, load_policy
 from prompts import FAMILIES, encode
+from settings import resolve
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "3", "--prompts", "4", "--group", "8", "--eval-cues", "6", "--show-every", "2"]
@@ -209,7 +210,7 @@ def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
 
 def test_presets_are_flags_that_flags_override():
     family = FAMILIES["tiny"]
-    cfg, origin = locus_mini.resolve({"preset": "paper", "group": 4}, family)
+    cfg, origin = resolve({"preset": "paper", "group": 4}, family)
     assert (cfg.lr, cfg.kl, cfg.group, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
         1e-6,
         0.01,
@@ -221,4 +222,4 @@ def test_presets_are_flags_that_flags_override():
     assert cfg.prompts // cfg.updates == 128
     assert (origin["lr"], origin["group"], origin["alpha"]) == ("preset paper", "flag", "default")
     with pytest.raises(UserError, match="--clip-low"):
-        locus_mini.resolve({"clip_low": -1.0}, family)
+        resolve({"clip_low": -1.0}, family)

@@ -57,10 +57,10 @@ def halfway(tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     usual = locus_mini.train_step
 
-    def signalled(policy, optimizer, cues, step, cfg):
+    def signalled(policy, optimizer, cues, step, cfg, ready):
         if step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return usual(policy, optimizer, cues, step, cfg)
+        return usual(policy, optimizer, cues, step, cfg, ready)
 
     patch.setattr(locus_mini, "train_step", signalled)
     patch.setattr(sys, "argv", ["locus_mini.py", "--out", str(folder), *SMALL])

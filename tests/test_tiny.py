@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import embedded
 import scenes
 import tiny
-from policy import collate, make_policy
+from models import make_policy
+from policy import collate
 from prompts import FAMILIES, Tools, encode
 
 

@@ -8,7 +8,8 @@ from torch import nn
 import policy as policy_module
 from check import self_check
 from data import UserError
-from policy import Policy, add_lora, collate, rollout, token_logps
+from models import add_lora
+from policy import Policy, collate, rollout, token_logps
 
 
 def fresh(kind: str = "qwen3_vl") -> Policy:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 from data import UserError
-from policy import add_lora, load_adapter, load_policy
+from models import add_lora, load_adapter, load_policy
 
 ROOT = Path(__file__).parents[1]
 
