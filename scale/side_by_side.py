@@ -27,7 +27,7 @@ from policy import Policy
 from prompts import FAMILIES, Tools
 from reward import box_reward
 from scale.export import Target, make_row
-from settings import Config
+from settings import Config, resolve
 
 WAYS = ("ours", "TRL", "TRL, checkpointing off")
 MODELS = {"embedded": 8, "60 million": 1}  # prompts a step
@@ -72,8 +72,9 @@ def make_trainer(policy: Policy, rank: int, rows: list[dict], folder: str, **set
 def subject(name: str, folder: Path) -> tuple[Policy, Cues, Config]:
     """A model, cues and settings to measure a step with."""
     if name == "embedded":
-        cfg = Config(prompts=MODELS[name], group=GROUP, max_new_tokens=40, lr=7e-4)
-        return load_policy("tiny"), open_cues("scenes", "train", 0, CueConfig()), cfg
+        policy = load_policy("tiny")
+        cfg, _ = resolve({"prompts": MODELS[name], "group": GROUP}, policy.tools.family)
+        return policy, open_cues("scenes", "train", 0, CueConfig()), cfg
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from conftest import noise, random_model, random_policy
 
@@ -87,34 +88,38 @@ def subject(name: str, folder: Path) -> tuple[Policy, Cues, Config]:
     policy.stop_ids = torch.tensor([-1])  # every answer has full length
     for i in range(20):
         noise((704, 704), i).save(folder / f"{i}.png")
-    cfg = Config(prompts=MODELS[name], group=GROUP, max_new_tokens=ANSWER, lr=1e-5, source="random")
+    flags = {"prompts": MODELS[name], "group": GROUP, "max_new_tokens": ANSWER, "source": "random"}
+    cfg, _ = resolve(flags, family)
     return policy, FolderCues(folder, CueConfig("random"), "train", 0), cfg
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step of TRL's, with the rollout before it."""
+    """Of each optimizer step of TRL's with the rollout before it: seconds, and seconds of processor time."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.steps: list[tuple[float, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
+        wall, processor = self.began
+        self.steps.append((time.perf_counter() - wall, time.process_time() - processor))
 
 
 def measure(name: str, way: str, repeat: int, folder: Path) -> dict[str, float]:
     """The best of `repeat` full steps after a first one, and the peak memory above the loaded model."""
-    policy, cues, cfg = subject(name, folder)
+    (policy, cues, cfg), clock = subject(name, folder), Clock()
     size = sum(p.numel() for p in policy.model.parameters())
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way == "ours":
         policy = add_lora(policy, 16)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-        found = [train_step(policy, optimizer, cues, step, cfg)[0] for step in range(repeat + 1)]
-        seconds, length = [m["seconds"] for m in found], found[-1]["length"]
+        for step in range(repeat + 1):
+            clock.on_step_begin()
+            length = train_step(policy, optimizer, cues, step, cfg)[0]["length"]
+            clock.on_step_end()
     else:
         rows = rows_of(policy, [cues[i] for i in range(cfg.prompts * (repeat + 1))], cfg.source)
         answers = dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.kl)
@@ -122,12 +127,14 @@ def measure(name: str, way: str, repeat: int, folder: Path) -> dict[str, float]:
         answers["gradient_checkpointing"] = way == "TRL"
         if name != "embedded":
             answers["generation_kwargs"] = {"min_new_tokens": ANSWER}
-        trainer, clock = make_trainer(policy, 16, rows, str(folder / "trl"), **answers), Clock()
+        trainer = make_trainer(policy, 16, rows, str(folder / "trl"), **answers)
         trainer.add_callback(clock)
         trainer.train()
-        seconds, length = clock.seconds, trainer.state.log_history[-2]["completions/mean_length"]
+        length = trainer.state.log_history[-2]["completions/mean_length"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": min(seconds[1:]), "gb": (peak - base) / 2**20, "length": length, "size": size}
+    seconds, processor = (min(column) for column in zip(*clock.steps[1:]))
+    found = {"seconds": seconds, "processor": processor, "gb": (peak - base) / 2**20, "size": size}
+    return found | {"length": length}
 
 
 def main() -> None:
@@ -139,17 +146,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(*args.one, args.repeat, Path(folder))))
         return
-    print("| model | way | seconds a step | peak memory above the model | tokens an answer |")
-    print("|---|---|---|---|---|")
+    print("| model | way | seconds a step | of them processor time | peak memory | tokens an answer |")
+    print("|---|---|---|---|---|---|")
     for name in MODELS:
         for way in WAYS:
             command = [sys.executable, "-m", "scale.side_by_side", "--repeat", str(args.repeat)]
             out = subprocess.run([*command, "--one", name, way], capture_output=True, text=True, check=True)
             m = json.loads(out.stdout.strip().splitlines()[-1])
-            model = f"{name} ({m['size'] / 1e6:.1f} M)"
-            print(
-                f"| {model} | {way} | {m['seconds']:.2f} | {m['gb']:.2f} GB | {m['length']:.0f} |", flush=True
-            )
+            times = f"{m['seconds']:.2f} | {m['processor']:.2f}"
+            line = f"| {name} ({m['size'] / 1e6:.1f} M) | {way} | {times} | {m['gb']:.2f} GB"
+            print(f"{line} | {m['length']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed here: pip install -r scale/requirements.txt")
 
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -36,22 +38,43 @@ def run(*command: object, **env: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_two_processes_train_ten_steps_and_the_adapter_loads_into_eval(tmp_path):
-    cues, out = tmp_path / "cues", tmp_path / "out"
+MULTI = (
+    "--multi_gpu --num_processes 2 --mixed_precision no --dynamo_backend no"  # with --use_cpu: two on a CPU
+)
+TWO = [
+    f"--num_machines 2 --machine_rank {i} --main_process_ip 127.0.0.1 --main_process_port 29511"
+    for i in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("steps", "machines"), [(10, ["--num_machines 1"]), (2, TWO)])
+def test_two_processes_train_and_the_adapter_loads_into_eval(tmp_path, steps, machines):
+    """From one launch, and from two that take each other for other machines."""
+    cues, out, launched = tmp_path / "cues", tmp_path / "out", []
     run(sys.executable, "data.py", "export", cues, "--format", "trl", "--limit", 80)
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    flags = "--lora-rank 16 --prompts 8 --updates 1 --max_steps 10 --learning_rate 7e-4 --use_cpu"
-    accelerate = [Path(sys.executable).with_name("accelerate"), "launch", *launch.split(), "--module"]
+    flags = f"--lora-rank 16 --prompts 8 --updates 1 --max_steps {steps} --learning_rate 7e-4 --use_cpu"
     train = ["scale.train_trl", cues, "--output_dir", out, "--max_completion_length", 40, *flags.split()]
-    run(*accelerate, *train, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    accelerate, cache = Path(sys.executable).with_name("accelerate"), str(tmp_path / "cache")
+    with ThreadPoolExecutor() as pool:
+        for machine in machines:
+            command = [accelerate, "launch", *MULTI.split(), *machine.split(), "--module", *train]
+            launched.append(pool.submit(run, *command, HF_DATASETS_CACHE=cache))
+    assert all("reward" in future.result() for future in launched[:1]) and launched[-1].result()
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     rewards = [line["reward"] for line in log if "reward" in line]
-    print(f"\ntwo processes: rewards {' '.join(f'{r:.3f}' for r in rewards)}")
-    assert len(rewards) == 10 and all(0 <= r <= 1 for r in rewards) and max(rewards) > 0
+    print(f"\n{len(machines)} launch: rewards {' '.join(f'{r:.3f}' for r in rewards)}")
+    assert len(rewards) == steps and all(0 <= r <= 1 for r in rewards) and max(rewards) > 0
     weights = load_file(out / "adapter_model.safetensors")
     assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
     scores = run(sys.executable, "eval.py", "scenes", "--adapter", out, "--n", 20, "--out", tmp_path / "eval")
     assert "cue search (IoU)" in scores
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_machine", 8), ("two_machines", 16)])
+def test_accelerate_reads_the_configurations(name, processes):
+    config = load_config_from_file(str(ROOT / "scale" / f"{name}.yaml"))  # refuses keys that it does not know
+    assert (config.num_processes, config.num_machines) == (processes, processes // 8)
+    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 3
 
 
 def test_rows_for_easyr1_pass_datasets(tmp_path):

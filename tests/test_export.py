@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import pytest
 import yaml
 from jinja2 import Template
@@ -20,7 +21,7 @@ import embedded
 from data import CueConfig, UserError, encode_cue, open_cues
 from prompts import FAMILIES, Tools, prompt_text
 from reward import box_reward, compute_score, iou, parse_box, reward
-from scale.export import EASYR1_PIXELS, Target, easyr1_size, export_cues
+from scale.export import EASYR1_PIXELS, QWEN, Target, easyr1_size, export_cues, find_target
 
 ROOT = Path(__file__).parents[1]
 GOOD = "<think> left</think><answer>[10, 20, 50, 80]</answer>"
@@ -359,6 +360,22 @@ def test_an_image_too_narrow_for_the_engine_is_one_sentence():
     with pytest.raises(UserError, match="too narrow"):
         target.frame(16, 3200)
     assert replace(target, engine="trl", pixels=(56**2, 980**2)).frame(200, 200).units_x == 196
+
+
+@pytest.mark.parametrize("name", families.PARAMETERS)
+def test_published_models_are_known_by_their_small_files(tmp_path, monkeypatch, name):
+    """Without their weights. Limits and cell are those of --frame; the template's opening is rewarded."""
+    folder = families.settings(name, tmp_path / name)
+    target = find_target("easyr1", str(folder), None, None)
+    assert (target.cell, target.own) == QWEN[target.family.box_frame][1:]
+    flags = ["--format", "trl", "--limit", "2", "--model", folder]
+    assert run(monkeypatch, tmp_path / "out", *flags) == 0
+    row = rows(tmp_path / "out")[0]
+    thinks = name.endswith("Thinking")
+    assert row["opening"] == ("<think>\n" if thinks else "")
+    answer = f"found</think><answer>{row['box']}</answer>"
+    columns = {"box": [row["box"]], "opening": [row["opening"]]}
+    assert box_reward([answer], **columns) == pytest.approx([1.0 if thinks else 0.9])
 
 
 # ---------------------------------------------------------------- the files in scale/
