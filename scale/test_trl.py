@@ -11,18 +11,23 @@ import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed here: pip install -r scale/requirements.txt")
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import families
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
 from data import Cue, CueConfig, SceneCues, encode_cue
 from locus_mini import group_advantages, update_policy
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
+from prompts import box_frame
 from reward import reward
-from scale.export import model_folder
+from scale.export import find_target, model_folder
 from scale.side_by_side import GROUP, add_lora, load_policy, make_trainer, rows_of
 from settings import Config
 
@@ -91,8 +96,7 @@ def test_trl_sees_what_the_loop_sees():
     """Tokens and pixels by the processor that train_trl.py takes, torchvision's, are those of encode."""
     policy, scenes = load_policy("tiny"), SceneCues(CueConfig(), "train", 4)
     low, high = policy.tools.family.image_pixels
-    size = {"shortest_edge": low, "longest_edge": high}
-    processor = AutoProcessor.from_pretrained(model_folder("tiny"), size=size)
+    processor = AutoProcessor.from_pretrained(model_folder("tiny"), min_pixels=low, max_pixels=high)
     for cue in (scenes[i] for i in range(4)):
         (row,), item = rows_of(policy, [cue], "object"), encode_cue(policy.tools, cue, "object")
         text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -101,6 +105,17 @@ def test_trl_sees_what_the_loop_sees():
         assert seen["mm_token_type_ids"][0].tolist() == item.kinds.tolist()
         pixels = torch.cat([picture.pixels for picture in item.pictures])
         assert (seen["pixel_values"] - pixels).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "MiMo-VL-7B-RL"])
+def test_processors_keep_the_limits_that_boxes_are_for(tmp_path, name):
+    folder = str(families.settings(name, tmp_path))
+    target = find_target("trl", folder, None, [56**2, 600 * 28**2])
+    low, high = target.pixels
+    processor = AutoProcessor.from_pretrained(folder, min_pixels=low, max_pixels=high).image_processor
+    for size in ((640, 480), (2000, 1500), (60, 40)):
+        grid = processor(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0]
+        assert target.frame(*size) == box_frame(target.family.box_frame, *size, grid, processor.patch_size)
 
 
 # ---------------------------------------------------------------- one step, ours and TRL's

@@ -17,19 +17,17 @@ from peft import LoraConfig
 from transformers import AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
+from photos import UserError
 from prompts import Family
 from reward import box_reward
-from scale.export import model_folder
+from scale.export import find_target, model_folder
 
 # dapo is the mean over the tokens of an optimizer step, the loop's token_mean; delta bounds the ratio at
 # negative advantages, which is the dual clip; constant_with_warmup takes a share of the steps below 1.
-PAPER = dict(loss_type="dapo", beta=0.01, epsilon=0.2, epsilon_high=0.3, delta=3.0, num_iterations=1)
-PAPER |= dict(num_generations=8, temperature=1.0, top_p=1.0, scale_rewards="group", weight_decay=0.01)
-PAPER |= dict(use_bias_correction_kl=False)
-PAPER |= dict(max_grad_norm=1.0, lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=400)
-OURS = dict(
-    shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50, report_to="none"
-)
+PAPER = dict(loss_type="dapo", beta=0.01, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.3)
+PAPER |= dict(delta=3.0, num_generations=8, temperature=1.0, top_p=1.0, weight_decay=0.01, max_grad_norm=1.0)
+PAPER |= dict(lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=400)
+OURS = dict(shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50)
 
 
 def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
@@ -43,9 +41,14 @@ def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
     parser.add_argument("--micro-batch", type=int, default=8, help="answers in one pass; memory only")
     ours, rest = parser.parse_known_args()
     path, answers = ours.export / "train.settings.json", ours.prompts * PAPER["num_generations"]
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if settings.get("engine") != "trl":
-        parser.error(f"{ours.export} is no export for TRL: make one with data.py export --format trl.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        target = find_target("trl", ours.model, settings["box_frame"], settings["pixels"])
+    except (OSError, ValueError, KeyError, UserError) as error:
+        parser.error(f"{error}: export the cues first, with data.py export --format trl.")
+    made_for = [settings[name] for name in ("engine", "cell", "template", "opening")]
+    if made_for != ["trl", target.cell, target.family.template, target.family.opening]:
+        parser.error(f"{ours.export} is not for TRL and {ours.model}, but for {made_for}: export it anew.")
     each = ours.micro_batch * int(os.environ.get("WORLD_SIZE", 1))
     if answers % each:
         parser.error(f"--prompts {ours.prompts} are {answers} answers, no multiple of {each} in one pass.")
@@ -59,8 +62,8 @@ def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
 def main() -> None:
     ours, settings, args = read_flags()
     model, (low, high), rank = model_folder(ours.model), settings["pixels"], ours.lora_rank
-    size = {"shortest_edge": low, "longest_edge": high}  # the boxes are for these limits
-    processor = AutoProcessor.from_pretrained(model, size=size, padding_side="left")
+    # The boxes are for these limits. Given as `size`, Qwen2.5-VL's own would win without a word.
+    processor = AutoProcessor.from_pretrained(model, min_pixels=low, max_pixels=high, padding_side="left")
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=Family.lora_targets) if rank else None
     with args.main_process_first(desc="reading the export"):
         data = load_dataset("json", data_files=str(ours.export / "train.jsonl"), split="train")
