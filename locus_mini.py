@@ -34,7 +34,7 @@ from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import Encoded, Tools
 from settings import MEMORY, Config, begun_settings, read_flags, show
 
-HALF_SCALE = 2.0**14  # of the loss in float16, whose smallest gradients would be lost
+HALF_SCALE = 2.0**10  # of the loss in float16, whose smallest gradients would be lost
 
 # ---------------------------------------------------------------- GRPO, as functions of tensors
 
@@ -163,11 +163,8 @@ def draw_step(tools: Tools, cues: Cues, step: int, cfg: Config) -> tuple[range, 
     """The numbers of a step's cues, the cues, their prompts. Nothing here needs the model."""
     numbers = range(step * cfg.prompts, (step + 1) * cfg.prompts)
     drawn = [cues[i] for i in numbers]
-    return (
-        numbers,
-        drawn,
-        [encode_task(tools, cue, i, cfg.source, cfg.reward) for cue, i in zip(drawn, numbers)],
-    )
+    items = [encode_task(tools, cue, i, cfg.source, cfg.reward) for cue, i in zip(drawn, numbers)]
+    return numbers, drawn, items
 
 
 def roll_out(policy: Policy, items: list[Encoded], step: int, cfg: Config) -> Rollout:

@@ -35,6 +35,7 @@ LOWER = {
     "optimizer": "--lora-rank",
 }
 PEAKS: dict[str, int] = {}  # bytes that each phase needed at most, on a GPU
+METER: Any = torch.cuda if torch.cuda.is_available() else None
 OPEN: list[str] = []  # phases at work, the innermost last
 
 
@@ -64,10 +65,10 @@ def phase(name: str) -> Iterator[None]:
 
 def note() -> None:
     """What the innermost open phase has needed since the last note."""
-    if torch.cuda.is_available():
+    if METER is not None:
         if OPEN:
-            PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), torch.cuda.max_memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
+            PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), METER.max_memory_allocated())
+        METER.reset_peak_memory_stats()
 
 
 # ---------------------------------------------------------------- prediction
@@ -111,8 +112,8 @@ def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str
     F that of the feed-forward part, A of all heads together:
     rollout      keys and values; while prompts are read, 12·F + 15·H for the layer at work, later 16 for the
                  chance of each next token; before, what the vision tower needs
-    policy pass  a layer's input, 2·H, or without --recompute all that it keeps, 28·H + 12·A + 10·F; and for
-                 the layer at work 28·H + 12·A + 14·F, or a chunk of logits
+    policy pass  a layer's input, 2·H, and for the layer at work 28·H + 12·A + 14·F; without --recompute all
+                 that a layer keeps, 28·H + 12·A + 10·F, and 4·F for that at work; or a chunk of logits
     """
     text, vision = model.config.get_text_config(), model.config.vision_config
     parts = weights(model, family, cfg.load_in_4bit is not False, cfg.lora_rank)
@@ -127,9 +128,9 @@ def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str
     seeing = patches * (16 * vision.hidden_size + 6 * vision.intermediate_size)
     reading = at_once * P * (12 * F + 15 * H + column)
     writing = at_once * (row * column + 16 * cfg.group * text.vocab_size)
-    kept = 2 * H if cfg.recompute else 28 * H + 12 * A + 10 * F
-    layer = micro * row * (28 * H + 12 * A + 14 * F + 3 * row)
-    logits = 16 * min(LOGITS, row * text.vocab_size)
+    kept, work = (2 * H, 28 * H + 12 * A + 14 * F) if cfg.recompute else (28 * H + 12 * A + 10 * F, 4 * F)
+    layer = micro * row * (work + 3 * row)
+    logits = 16 * min(LOGITS, micro * (row - P) * text.vocab_size)
     passing = {"gradients": parts["adapter"], "layers' inputs": micro * row * (layers * kept + 10 * H)}
     return {
         "loading": parts,
@@ -165,10 +166,11 @@ def largest_steps(policy: Policy, cfg: Config, train_step: Callable) -> list[dic
     return [train_step(replace(policy, stop_ids=never), optimizer, cues, i, cfg)[0] for i in range(2)]
 
 
-def prepare(flags: dict[str, Any]) -> tuple[Policy, Config, dict[str, str]]:
+def prepare(flags: dict[str, Any], dtype: torch.dtype | None = None) -> tuple[Policy, Config, dict[str, str]]:
     """The model that the flags name, in its family's ways, with an adapter; every setting and its origin."""
+    wanted = flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame")
     with phase("loading"):
-        policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"))
+        policy = load_policy(*wanted, dtype)
         cfg, origin = resolve(flags, policy.tools.family)
         policy.tools.family = limit_pixels(policy.tools.family, cfg.image_pixels, cfg.crop_pixels)
         if cfg.recompute:

@@ -16,11 +16,14 @@ import transformers as hf
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from photos import UserError
 from prompts import Encoded, Tools
 
 LOGITS = 2**24  # numbers held at a time where answers are scored: 67 MB in float32
+FEW = 64  # tokens of a row that ask at a time, in a rollout
 PATCHES = 2**15  # of pictures that are seen at a time
 
 
@@ -42,6 +45,26 @@ class Policy:
     def reference(self):
         """Context in which the policy is its own reference: the adapter is off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ways: Any
+) -> tuple[Tensor, None]:
+    """SDPA for transformers, in which the heads that share keys ask as one, if their questions are few.
+
+    query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. The usual way gives each of the A heads
+    a copy of its keys, which in a rollout is to write and read several times the cache for every token.
+    """
+    (B, A, Q, D), share = query.shape, query.shape[1] // key.shape[1]
+    if attention_mask is None or Q > FEW or share == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **ways)
+    asked = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
+    mask = attention_mask.repeat(1, 1, share, 1)  # [B, 1, share·Q, L]
+    out = F.scaled_dot_product_attention(asked, key, value, mask, scale=ways.get("scaling"))
+    return out.view(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
+
+
+hf.AttentionInterface.register("sdpa", attend)
 
 
 # ---------------------------------------------------------------- prompts in a batch
@@ -157,6 +180,28 @@ class Rollout:
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
+class Room(DynamicLayer):
+    """Keys and values of one layer with room for more: to append them would copy all for every token."""
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.columns, self.used = columns, 0  # the most there will be, and how many there are
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Takes those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
+        begin, end, self.is_initialized = self.used, self.used + keys.shape[2], True
+        if begin == 0 or end > self.keys.shape[2]:
+            (B, K, _, D), room = keys.shape, min(self.columns, 2 * end)
+            old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, room, D)
+            if begin > 0:
+                self.keys[:, :, :begin], self.values[:, :, :begin] = (part[:, :, :begin] for part in old)
+        self.keys[:, :, begin:end], self.values[:, :, begin:end], self.used = keys, values, end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+
 @torch.no_grad()
 def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, generator=None) -> Rollout:
     """Sample `group` answers a prompt at temperature 1 and top-p 1; without a generator, decode greedily.
@@ -164,7 +209,9 @@ def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, gener
     The prompts are read once; then every step feeds the G newest tokens of a row together, so the cache holds
     P + G·T columns a prompt: column P + t·G + g is token t of answer g, at position start + t.
     """
-    cache, segments = hf.DynamicCache(), batch.segments
+    segments, columns = batch.segments, batch.ids.shape[1] + group * max_new_tokens
+    layers = policy.whole.config.get_text_config().num_hidden_layers
+    cache = hf.Cache(layers=[Room(columns) for _ in range(layers)])
     hidden = run_text(policy, batch.ids, segments, batch.positions, batch.items, cache)  # [B, P, H]
     hidden = hidden[:, -1:].expand(-1, group, -1)  # [B, G, H]
     alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]

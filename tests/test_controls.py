@@ -190,10 +190,10 @@ def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, 
         if name == "halved":
             usual = locus_mini.train_step
 
-            def stopped(policy, optimizer, cues, step, cfg, usual=usual):
+            def stopped(policy, optimizer, cues, step, cfg, ready, usual=usual):
                 if step == 2:
                     raise KeyboardInterrupt
-                return usual(policy, optimizer, cues, step, cfg)
+                return usual(policy, optimizer, cues, step, cfg, ready)
 
             with monkeypatch.context() as patch:
                 patch.setattr(locus_mini, "train_step", stopped)

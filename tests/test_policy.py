@@ -1,14 +1,20 @@
 """The packed group pass, the rollout and the plain model must agree: that is what makes GRPO here GRPO."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import prompts, random_policy, with_adapter
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import policy as policy_module
 from check import self_check
 from heldout import answers
-from policy import Policy, collate, group_mask, rollout, see, texts, token_logps
+from models import add_lora, recompute_layers
+from photos import UserError
+from policy import Policy, Rollout, collate, group_mask, rollout, see, texts, token_logps
 from prompts import Encoded
 
 
@@ -195,10 +201,96 @@ def test_only_the_text_layers_are_adapted(rank):
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def gradient(policy: Policy, batch, roll: Rollout) -> torch.Tensor:
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    logps = token_logps(policy, batch, roll.tokens, roll.mask)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(logps.sum(), trained)])
+
+
+def test_recomputed_layers_keep_less_and_change_nothing(policy):
+    """Neither answers, nor log-probabilities, nor gradients; what is kept for the backward pass shrinks."""
+    _, batch, roll = sampled(policy)
+
+    def kept() -> int:
+        held: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logps = token_logps(policy, batch, roll.tokens, roll.mask)
+        return sum(held.values()) if logps.requires_grad else 0
+
+    before, usual = gradient(policy, batch, roll), kept()
+    recompute_layers(policy)
+    assert kept() < 0.7 * usual
+    assert torch.equal(gradient(policy, batch, roll), before)
+    again = rollout(policy, batch, 4, 16, torch.Generator().manual_seed(0))
+    assert torch.equal(again.tokens, roll.tokens) and torch.equal(again.logps, roll.logps)
+
+
+def test_prompts_answered_in_parts_are_one_rollout(policy):
+    """Of other lengths in every part: joined, they score as they were sampled."""
+    torch.manual_seed(0)
+    items = prompts(policy, 4)
+    generator = torch.Generator().manual_seed(3)
+    parts = [rollout(policy, collate(policy, items[i : i + 1]), 3, 4 + i, generator) for i in range(4)]
+    roll = Rollout.join(parts)
+    assert roll.tokens.shape[:2] == (4, 3) and roll.mask.sum() == sum(part.mask.sum() for part in parts)
+    with torch.no_grad():
+        logps = token_logps(policy, collate(policy, items), roll.tokens, roll.mask)
+    assert torch.allclose(logps, roll.logps, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share):
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=share, is_causal=True)
+    query = torch.randn(3, 5, 8, 16).transpose(1, 2)  # [B, A, Q, D], as transformers has it
+    key, value = torch.randn(2, 3, 8 // share, 20, 16)  # [B, K, L, D] each
+    mask = torch.rand(3, 1, 5, 20) > 0.4
+    mask[..., 0] = True
+    ours, _ = policy_module.attend(module, query, key, value, mask, scaling=0.3)
+    usual, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert ours.shape == (3, 5, 8, 16) and torch.allclose(ours, usual, atol=1e-6)
+    other, _ = policy_module.attend(module, query, key, value, mask.roll(1, -1), scaling=0.3)
+    assert not torch.allclose(other, usual, atol=1e-2), "the mask does nothing"
+
+
+def test_a_cache_with_room_holds_what_one_that_appends_holds():
+    """Beyond its room it grows, never over the most that there will be."""
+    torch.manual_seed(0)
+    roomy, plain = policy_module.Room(40), DynamicLayer()
+    for columns in (7, 3, 3, 3, 3, 15, 6):
+        keys, values = torch.randn(2, 2, 3, columns, 4)  # [B, K, Q, D] each
+        ours, usual = roomy.update(keys, values), plain.update(keys, values)
+        assert torch.equal(ours[0], usual[0]) and torch.equal(ours[1], usual[1])
+        assert roomy.get_seq_length() == plain.get_seq_length() <= roomy.keys.shape[2] <= 40
+
+
+def test_pictures_seen_in_parts_have_the_same_features(policy, monkeypatch):
+    torch.manual_seed(0)
+    together, apart = prompts(policy, 4), prompts(policy, 4)
+    see(policy, together)
+    monkeypatch.setattr(policy_module, "PATCHES", 60)
+    see(policy, apart)
+    for one, other in zip(together, apart):
+        for picture, same in zip(one.pictures, other.pictures):
+            for layer, expected in zip(picture.features, same.features):
+                assert torch.allclose(layer, expected, atol=1e-5)
+
+
+def test_states_that_are_not_finite_end_a_rollout_in_one_sentence(policy):
+    _, batch, _ = sampled(policy)
+    norm = policy.whole.model.language_model.norm
+    norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        rollout(policy, batch, 2, 4, torch.Generator().manual_seed(0))
+
+
 def test_self_check_passes_on_a_fresh_adapter():
     policy = random_policy("qwen3_vl")
-    from models import add_lora
-
     measured = self_check(add_lora(policy, 4), prompts(policy, 2), 4, 12, seed=0)
     assert measured["rollout_gap"] < 1e-4 and measured["packing_gap"] < 1e-4
     assert measured["reference_gap"] == 0 and measured["perfect_iou"] > 0.99

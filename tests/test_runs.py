@@ -107,6 +107,13 @@ def test_ten_and_ten_steps_are_twenty(begun, whole):
     assert_the_same_end(begun, whole)
 
 
+def test_memory_flags_may_change_when_a_run_goes_on(begun, monkeypatch, capsys):
+    """As an out-of-memory error advises; anything else still refuses."""
+    code, said = in_process(monkeypatch, capsys, "--resume", begun, "--micro-batch", 1, "--recompute")
+    assert code == 0, said
+    assert len(metrics(begun)) == 20 and (begun / "results.json").exists()
+
+
 def test_the_base_is_not_asked_again(begun, monkeypatch, capsys):
     asked, usual = [], heldout.answers
 
