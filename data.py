@@ -5,6 +5,7 @@ window's box. Cues come from COCO boxes, from any folder of images, or from the 
 
     python data.py show [--data scenes|coco|DIR] [--source object|random|large|text] [--out cues.png]
     python data.py fetch DIR --annotations FILE --limit N     only the COCO images that the first N cues use
+    python data.py export DIR --format easyr1|trl             the cues as files for other engines
 """
 
 import argparse
@@ -23,6 +24,7 @@ import fetch
 import scenes
 from photos import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
 from prompts import Encoded, Tools, encode, prompt_text
+from scale.command import add_export, export
 from scenes import Box, Scene
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
@@ -46,6 +48,7 @@ class Cue:
     size: str  # tiny | small | large
     text: str | None = None  # what is in the window, if that is known
     scene: Scene | None = None  # where the image was drawn from, if it was
+    name: str | None = None  # of the image's file below its folder, if it has one
 
     @property
     def crop(self) -> Image.Image:
@@ -183,7 +186,7 @@ def CocoCues(
             box, text = sample_cue_box(rng, one.box, *one.size, cfg), one.text
         fits = box and size_class(box, *one.size) == size
         image = photos.open(one.name, one.size) if fits else None
-        return image and Cue(image, box, size, text)
+        return image and Cue(image, box, size, text, name=one.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
 
@@ -193,9 +196,9 @@ def FolderCues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
     names, photos = open_folder(folder, split)
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        image = photos.open(rng.choice(names))
+        image = photos.open(name := rng.choice(names))
         box = image and sample_random_box(rng, *image.size, size, cfg)
-        return box and Cue(image, box, size)
+        return box and Cue(image, box, size, name=name)
 
     cfg = replace(cfg, source="random")
     return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
@@ -278,10 +281,11 @@ def main() -> None:
     get.add_argument("images", metavar="DIR", type=Path, help="where to; what is there is kept")
     get.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
     get.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    add_export(commands, common)
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     try:
-        {"show": show_sheet, "fetch": fetch_images}[command](cfg, **args)
+        {"show": show_sheet, "fetch": fetch_images, "export": export}[command](cfg, **args)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
