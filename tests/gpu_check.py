@@ -236,9 +236,7 @@ def check_rollout(folder: Path) -> None:
     column = 4 * text.num_key_value_heads * size * text.num_hidden_layers  # bytes of keys and values
     cache = len(items) * (batch.ids.shape[1] + G * T / 2) * column
     head = 2 * text.vocab_size * text.hidden_size
-    least = (
-        sizes["text layers"] + sizes["adapter"] + head + cache
-    ) / rate  # seconds for one token of all
+    least = (sizes["text layers"] + sizes["adapter"] + head + cache) / rate  # seconds for one token of all
     found, allowed = len(items) * G * T / seconds, len(items) * G / least
     print(
         f"rollout: {found:.0f} tokens/s, and {rate / 1e9:.0f} GB/s allow {allowed:.0f}: {found / allowed:.0%}"
