@@ -20,12 +20,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-import fetch
-import scenes
-from photos import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
+from files import fetch
+from files.pictures import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
 from prompts import Encoded, Tools, encode, prompt_text
 from scale.command import add_export, export
-from scenes import Box, Scene
+from tiny import scenes
+from tiny.scenes import Box, Scene
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
 

@@ -20,17 +20,25 @@ from typing import Any
 
 import torch
 
-from analyses import BANDS, add_grounding, add_looking, attention_maps, begin_answer, box_ious, look
-from benchmarks import BENCHMARKS, Sample, aggregate, judge, read_samples
-from card import card
 from data import SOURCES, CueConfig, SceneCues, UserError, open_cues
-from heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
-from journal import Run, open_run
+from evaluation.attention import (
+    BANDS,
+    add_grounding,
+    add_looking,
+    attention_maps,
+    begin_answer,
+    box_ious,
+    look,
+)
+from evaluation.benchmarks import BENCHMARKS, Sample, aggregate, judge, read_samples
+from evaluation.heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
+from evaluation.journal import Run, open_run
+from files.pictures import Unfit, load_image
 from models import load_adapter, load_policy, model_folder
-from photos import Unfit, load_image
-from pictures import draw_cues, draw_looking
 from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
-from scenes import Question, keep_only, render
+from tiny.card import card
+from tiny.scenes import Question, keep_only, render
+from training.pictures import draw_cues, draw_looking
 
 TABLE = {
     "right, asked directly": "direct",

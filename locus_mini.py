@@ -21,18 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import check
-import heldout
-import memory
-import pictures
-import runs
-from controls import IMITATION, best_answers, encode_task, score_group, true_answers
 from data import Cue, CueConfig, Cues, UserError, open_cues
-from journal import Journal, fingerprint
-from memory import phase, prepare
+from evaluation import heldout
+from evaluation.journal import Journal, fingerprint
+from paper.variants import IMITATION, best_answers, encode_task, score_group, true_answers
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import Encoded, Tools
-from settings import MEMORY, Config, begun_settings, print_settings, read_flags
+from training import checks, memory, pictures, run_folder
+from training.memory import phase, prepare
+from training.settings import MEMORY, Config, begun_settings, print_settings, read_flags
 
 HALF_SCALE = 2.0**10  # of the loss in float16, whose smallest gradients would be lost
 
@@ -230,10 +227,10 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) ->
     """cfg.steps rollouts, each a line of metrics.jsonl, from the last checkpoint on if there is one."""
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    start = runs.load_checkpoint(folder, policy.model, optimizer, state)
-    log, history = runs.open_metrics(folder, start)
+    start = run_folder.load_checkpoint(folder, policy.model, optimizer, state)
+    log, history = run_folder.open_metrics(folder, start)
     bar = tqdm(total=cfg.steps, initial=start, desc="GRPO")
-    with log, bar, runs.Interruption() as interruption, ThreadPoolExecutor(1) as beside:
+    with log, bar, run_folder.Interruption() as interruption, ThreadPoolExecutor(1) as beside:
         # The next step's pictures are read and cut into patches while this one keeps the GPU busy.
         draw = partial(beside.submit, draw_step, policy.tools, cues, cfg=cfg)
         ahead = draw(step=start) if start < cfg.steps else None
@@ -246,23 +243,23 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict) ->
             names = ("reward", "iou", "format", "kl", "length", "seconds")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names}, refresh=False)
             bar.update()
-            for warning in check.watch(history, cfg.kl_limit):
+            for warning in checks.watch(history, cfg.kl_limit):
                 bar.write(f"step {step}: {warning}", file=sys.stderr)
             if cfg.show_every and step % cfg.show_every == 0:
                 bar.write(f"step {step}: {shown['answers'][0]!r}, reward {shown['rewards'][0].total:.2f}")
-            diverged = check.diverged(history)
+            diverged = checks.diverged(history)
             if step + 1 == cfg.steps:
                 pictures.draw_group(shown, folder / "group.png")
             elif not (interruption.asked or diverged or (step + 1) % cfg.save_every == 0):
                 continue
-            runs.sync(folder / "metrics.jsonl")
-            runs.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
+            run_folder.sync(folder / "metrics.jsonl")
+            run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
             if diverged:
                 raise UserError(
                     f"Five steps in a row were not finite: begin anew with less than --lr {cfg.lr}."
                 )
             if interruption.asked:
-                raise runs.Stopped
+                raise run_folder.Stopped
 
 
 def run(flags: dict[str, Any]) -> None:
@@ -270,16 +267,16 @@ def run(flags: dict[str, Any]) -> None:
     began, names = time.monotonic(), [f.name for f in fields(Config)]
     folder, begun, less = flags.pop("resume", None), {}, {}
     if folder is not None:
-        begun = runs.read_config(folder, names)
+        begun = run_folder.read_config(folder, names)
         less = {name: value for name, value in flags.items() if name in MEMORY}
         asked = {name: value for name, value in flags.items() if name not in MEMORY}
-        runs.refuse_difference(folder / "config.json", begun, asked)
+        run_folder.refuse_difference(folder / "config.json", begun, asked)
         flags = begun_settings(begun) | less
     policy, cfg, origin = prepare(flags)
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     unseen = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
-    folder = folder or runs.new_folder(cfg.out)
+    folder = folder or run_folder.new_folder(cfg.out)
     origin = begun.get("origin", origin) | dict.fromkeys(less, "flag")
     print_settings(cfg, policy.tools.family, origin)
     if cfg.preset == "paper":
@@ -288,17 +285,17 @@ def run(flags: dict[str, Any]) -> None:
         print(part)
     paths = [path for path in (*files.values(), Path(cfg.data)) if path and path.exists()]
     inputs = {f"{path} as of": fingerprint(path) for path in paths if str(path) not in ("scenes", "coco")}
-    about = {"weights": runs.fingerprint(policy.whole)} | inputs
+    about = {"weights": run_folder.fingerprint(policy.whole)} | inputs
     if begun:
-        runs.refuse_difference(folder / "config.json", begun, about)
+        run_folder.refuse_difference(folder / "config.json", begun, about)
     else:
-        more = {"origin": origin, "versions": runs.versions()}
-        runs.write_json(folder / "config.json", asdict(cfg) | about | more)
+        more = {"origin": origin, "versions": run_folder.versions()}
+        run_folder.write_json(folder / "config.json", asdict(cfg) | about | more)
     state = about | {name: str(v) for name, v in asdict(cfg).items() if name not in ("out", *MEMORY)}
     try:
-        with runs.at_work(folder):
+        with run_folder.at_work(folder):
             before_train_after(policy, cues, unseen, cfg, folder, state, began)
-    except (KeyboardInterrupt, runs.Stopped):
+    except (KeyboardInterrupt, run_folder.Stopped):
         print(f"Stopped. It goes on with: python locus_mini.py --resume {folder}", file=sys.stderr)
         sys.exit(130)
 
@@ -310,19 +307,19 @@ def before_train_after(
     if (folder / "results.json").exists():
         print(f"{folder} is complete: its results.json is there.")
         return
-    runs.last_step(folder, state)
+    run_folder.last_step(folder, state)
     few = min(4, cfg.prompts, max(2, cfg.micro_batch))
     first = [encode_task(policy.tools, cues[i], i, cfg.source, cfg.reward) for i in range(few)]
     with phase("rollout"):
-        checked = check.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
+        checked = checks.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     known, longest = Journal(folder / "answers.jsonl", state), cfg.max_new_tokens
     held = heldout.held_out(policy, unseen, cfg.eval_cues)
     before = heldout.evaluate(policy, held, longest, "before", known)
-    check.check_frame(policy, held, before)
+    checks.check_frame(policy, held, before)
     floor = heldout.baselines(policy, held, longest, known)
     train(policy, cues, cfg, folder, state)
-    runs.save_adapter(policy.model, folder / "adapter")
+    run_folder.save_adapter(policy.model, folder / "adapter")
     after = heldout.evaluate(policy, held, longest, "after", known)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
     results = {"before": before.summary, "after": after.summary, "change": heldout.compare(before, after)}
@@ -330,14 +327,14 @@ def before_train_after(
     training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open(encoding="utf-8"))
     results["seconds"] = {"training": round(training, 1), "all": round(time.monotonic() - began, 1)}
     results["left_out"] = {part.what: dict(part.reasons) for part in (*cues.left_out, *unseen.left_out)}
-    runs.write_json(folder / "results.json", results)
+    run_folder.write_json(folder / "results.json", results)
     print(heldout.table(before, after))
     print("cue search without searching (IoU): " + ", ".join(f"{k} {100 * v:.1f}" for k, v in floor.items()))
     print(f"{results['seconds']['all']:.0f} seconds; adapter, results.json and pictures are in {folder}")
 
 
 def main() -> None:
-    flags, usual = read_flags(__doc__), signal.signal(signal.SIGTERM, runs.interrupt)
+    flags, usual = read_flags(__doc__), signal.signal(signal.SIGTERM, run_folder.interrupt)
     work = partial(memory.dry_run, train_step=train_step) if flags.pop("dry_run", False) else run
     try:
         work(flags)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from photos import UserError
+from files.pictures import UserError
 from policy import Policy
 from prompts import FAMILIES, Family, Tools, opening
 
@@ -22,7 +22,8 @@ MIMO_WORDS = 151_680  # size of MiMo-VL's vocabulary, by which a renamed folder 
 
 def model_folder(name: str) -> str:
     """A model folder, `tiny` beside this file, or a hub id as it is; UserError for anything else."""
-    for folder in (Path(name), Path(__file__).resolve().parent / name):
+    beside = Path(__file__).resolve().parent / "tiny" / "model"
+    for folder in (beside if name == "tiny" else Path(name),):
         if folder.is_dir():
             return str(folder)
     if name.count("/") != 1 or name.startswith((".", "/")):

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from scenes import Box
+from tiny.scenes import Box
 
 
 @dataclass(frozen=True)

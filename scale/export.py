@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-import runs
 from data import Cue, CueConfig, UserError, open_cues
-from journal import fingerprint
+from evaluation.journal import fingerprint
 from models import model_folder, read_family
 from prompts import FAMILIES, PROMPTS, BoxFrame, Family, box_frame, opening, prompt_text
+from training import run_folder
 
 EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels of its examples, and of easyr1.yaml
 QWEN = {  # of a frame without a model: family, cell, the limits that its processors are published with
@@ -177,11 +177,11 @@ def begin(out: Path, split: str, settings: dict[str, Any]) -> None:
     path, settings = out / f"{split}.settings.json", json.loads(json.dumps(settings, default=str))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        runs.refuse_difference(path, found, settings)
+        run_folder.refuse_difference(path, found, settings)
     except FileNotFoundError:
         if (out / f"{split}.jsonl").exists():
             raise UserError(f"{out} holds a {split}.jsonl of something else: give another DIR.") from None
-        runs.write_json(path, settings)
+        run_folder.write_json(path, settings)
     except (ValueError, AttributeError):
         raise UserError(f"{path} is damaged: delete {out}, or give another DIR.") from None
 
@@ -210,7 +210,7 @@ def export_cues(
     rows = out / f"{split}.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with runs.at_work(out):
+        with run_folder.at_work(out):
             begin(out, split, settings)
             image_folder(out, source)
             if format == "easyr1":

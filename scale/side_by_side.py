@@ -27,7 +27,7 @@ from policy import Policy
 from prompts import FAMILIES, Tools
 from reward import box_reward
 from scale.export import Target, make_row
-from settings import Config, resolve
+from training.settings import Config, resolve
 
 WAYS = ("ours", "TRL", "TRL, checkpointing off")
 MODELS = {"embedded": 8, "60 million": 1}  # prompts a step
@@ -76,11 +76,11 @@ def subject(name: str, folder: Path) -> tuple[Policy, Cues, Config]:
         cfg, _ = resolve({"prompts": MODELS[name], "group": GROUP}, policy.tools.family)
         return policy, open_cues("scenes", "train", 0, CueConfig()), cfg
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    from conftest import noise, random_model, random_policy
+    from random_models import noise, random_model, random_policy
 
-    import embedded
+    from tiny import architecture
 
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = architecture.build_tokenizer()
     model = random_model("qwen3_vl", tokenizer, width=512, layers=15, intermediate_size=2048)
     processor = random_policy("qwen3_vl").tools.image_processor
     family = replace(FAMILIES["qwen3_vl"], image_pixels=(64**2, 768**2), crop_pixels=(64**2, 64**2))

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-from photos import UserError
+from files.pictures import UserError
 from prompts import Family
 from reward import box_reward
 from scale.export import find_target, model_folder

@@ -16,13 +16,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from conftest import noise, random_policy
+from random_models import noise, random_policy
 
 from locus_mini import group_advantages, update_policy
 from models import add_lora
 from policy import collate, rollout
 from prompts import encode
-from settings import Config
+from training.settings import Config
 
 WAYS = ("packed", "rows in a batch", "one row at a time")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import embedded
+from tiny import architecture
 
 FOLDER = Path(__file__).parent / "families"
 PARAMETERS = {  # of the published weights
@@ -44,7 +44,7 @@ def chat_template(name: str) -> str:
     spoken = next((text for begin, text in SYSTEM.items() if name.startswith(begin)), None)
     before = f"<|im_start|>system\n{spoken}<|im_end|>\n" if spoken else ""
     think = "<think>\n" if name.endswith("Thinking") else ""
-    return before + embedded.CHAT_TEMPLATE.replace("assistant\n", f"assistant\n{think}")
+    return before + architecture.CHAT_TEMPLATE.replace("assistant\n", f"assistant\n{think}")
 
 
 def merged(base: dict, more: dict) -> dict:
@@ -71,7 +71,7 @@ def settings(name: str, folder: Path, miniature: bool = False, **more: Any) -> P
     more: other values of config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = architecture.build_tokenizer()
     ours = {number: tokenizer.convert_tokens_to_ids(token) for number, token in IDS.items()}
 
     def own_ids(value: Any) -> Any:

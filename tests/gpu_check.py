@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import memory
-from check import self_check
-from controls import encode_task
 from data import CueConfig, open_cues
-from heldout import mean
+from evaluation.heldout import mean
 from locus_mini import draw_step, train_step
 from models import add_lora, load_policy, read_family
+from paper.variants import encode_task
 from policy import Policy, collate, rollout, token_logps
-from settings import resolve
+from training import memory
+from training.checks import self_check
+from training.settings import resolve
 
 CUDA, ROOT = torch.cuda.is_available(), Path(__file__).parents[1]
 

@@ -14,11 +14,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data
-import embedded
-import scenes
 from data import CueConfig, SceneCues, UserError, encode_cue
 from prompts import FAMILIES, UNITS, Tools, box_frame, encode, prompt_text
 from reward import iou, parse_box
+from tiny import architecture, scenes
 
 # ---------------------------------------------------------------- windows
 
@@ -493,7 +492,10 @@ def test_original_pixels_taken_for_resized_ones(size, low, high):
 @pytest.fixture(scope="module")
 def tools():
     return Tools(
-        embedded.build_tokenizer(), embedded.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>"
+        architecture.build_tokenizer(),
+        architecture.build_image_processor(),
+        FAMILIES["tiny"],
+        "<|image_pad|>",
     )
 
 
@@ -518,7 +520,7 @@ def test_image_tokens_are_counted_and_marked(tools):
 def test_pixel_limits_of_image_and_crop_are_their_own(size, kind, patch):
     family = replace(FAMILIES[kind], image_pixels=(56**2, 300**2), crop_pixels=(112**2, 150**2))
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2)
-    tools = Tools(embedded.build_tokenizer(), processor, family, "<|image_pad|>")
+    tools = Tools(architecture.build_tokenizer(), processor, family, "<|image_pad|>")
     item = encode(tools, "Find it.", noise(*size), crop=noise(16, 16))
     image, crop = (grids(item).prod(-1) * patch**2).tolist()
     assert image <= 300**2 and 112**2 <= crop <= 150**2

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import noise, random_policy, with_adapter
 from PIL import Image
+from random_models import noise, random_policy, with_adapter
 
 import eval as evaluation
-import heldout
-import scenes
 from data import CueConfig, SceneCues, UserError
-from journal import Journal
+from evaluation import heldout
+from evaluation.journal import Journal
 from models import add_lora, load_policy
+from tiny import scenes
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,19 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from conftest import noise
+from random_models import noise
 from test_data import Corpus, an_id
 from torch import nn
 from transformers import AutoConfig
 
 import eval as evaluation
 import locus_mini
-import memory
+from files.pictures import UserError
 from models import add_lora, load_policy, read_family
-from photos import UserError
 from policy import collate, rollout
 from prompts import encode
-from settings import resolve
+from training import memory
+from training.settings import resolve
 
 KINDS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Thinking", "MiMo-VL-7B-RL")
 

@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prompts, random_policy, with_adapter
+from random_models import prompts, random_policy, with_adapter
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import policy as policy_module
-from check import self_check
-from heldout import answers
+from evaluation.heldout import answers
+from files.pictures import UserError
 from models import add_lora, recompute_layers
-from photos import UserError
 from policy import Policy, Rollout, collate, group_mask, rollout, see, texts, token_logps
 from prompts import Encoded
+from training.checks import self_check
 
 
 def oracle_logps(policy: Policy, item: Encoded, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import locus_mini
-import scenes
 from data import CueConfig, SceneCues, UserError
-from heldout import answers
+from evaluation.heldout import answers
 from models import load_adapter, load_policy
 from prompts import FAMILIES, encode
-from settings import resolve
+from tiny import scenes
+from training.settings import resolve
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "3", "--prompts", "4", "--group", "8", "--eval-cues", "6", "--show-every", "2"]
@@ -97,7 +97,7 @@ def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
 
 def test_the_adapter_loads_in_plain_transformers(run):
     """One image, one question, nothing of ours but the words of the prompt; then the merged model."""
-    folder, tokenizer = ROOT / "tiny", AutoTokenizer.from_pretrained(ROOT / "tiny")
+    folder, tokenizer = ROOT / "tiny/model", AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), run[0] / "adapter")
     cue = SceneCues(CueConfig(), "heldout", 5)[0]
     question = scenes.questions(cue.scene)[0].text

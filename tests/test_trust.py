@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import noise
 from peft import PeftModel
+from random_models import noise
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -31,7 +31,7 @@ class Evil:
 
 
 def test_a_model_of_pickles_is_refused(tmp_path):
-    shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with (tmp_path / "model" / "pytorch_model.bin").open("wb") as file:
         pickle.dump(Evil(tmp_path / "was run"), file)
@@ -43,7 +43,7 @@ def test_a_model_of_pickles_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen3_vl", "a kind of its own"])
 def test_a_model_that_brings_code_does_not_get_to_run_it(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
-    folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "model"))
+    folder = Path(shutil.copytree(ROOT / "tiny/model", tmp_path / "model"))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Config: pass\n")
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Config"}}

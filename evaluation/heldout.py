@@ -1,0 +1,330 @@
+"""Held-out pictures: what a model is asked about them, before and after training, and how answers are scored.
+
+Four tasks on one set of scenes: cue search (with a crop, what LOCUS trains), finding by text, questions about
+attributes and questions about places. The last three see one ordinary full image and no crop. Questions are
+asked a second time with everything but their evidence blacked out (context suppression, the paper's Table 1).
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data import Cue, Cues, encode_cue
+from policy import Policy, collate, rollout, see, texts
+from prompts import BoxFrame, Encoded, encode, prompt_text
+from reward import Box, answer_of, format_reward, iou, parse_box
+from tiny import scenes
+from tiny.scenes import Question, Scene, Thing
+
+
+class Made(Sequence):
+    """Cues or prompts that are made when asked for: of a thousand photos at once they would be gigabytes."""
+
+    def __init__(self, make: Callable[[Any], Any], things: Sequence):
+        self.make, self.things = make, things
+
+    def __len__(self) -> int:
+        return len(self.things)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.things[index])
+
+
+@dataclass
+class HeldOut:
+    """Prompts with what decides them; the same objects are asked before and after training."""
+
+    cues: Sequence[Cue]
+    cue_items: Sequence[Encoded]
+    find_items: list[Encoded]  # empty, as are the questions, where the cues have no scene to be right about
+    asked: list[tuple[Scene, Question]]
+    question_items: list[Encoded]
+    suppressed_items: list[Encoded]  # the same questions, everything but the evidence black
+
+
+def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut:
+    """n held-out cues; of scenes also n findings by text and 2·n questions, half of them about places.
+
+    alone: only questions whose evidence shares none of its image tokens with another thing.
+    """
+    if cues[0].scene is None:
+        drawn = Made(cues.__getitem__, range(n))  # the i-th cue is the same every time
+        prompts = Made(partial(encode_cue, policy.tools, source="object"), drawn)
+        return HeldOut(drawn, prompts, [], [], [], [])
+    tools, out = policy.tools, HeldOut([], [], [], [], [], [])
+    missing, index = {"attribute": n, "place": n}, 0
+    bar = tqdm(total=n, desc="held-out samples", leave=False)
+    while len(out.cues) < n or any(missing.values()):
+        cue, rng = cues[index], random.Random(index)
+        image = cue.image
+        index += 1
+        if len(out.cues) < n:
+            bar.update()
+            out.cues.append(cue)
+            out.cue_items.append(item := encode_cue(tools, cue, "object"))
+            image = item.pictures[0]  # processed and seen once for all that is asked about it
+            out.find_items.append(encode(tools, prompt_text(tools.family, "text", text=cue.text), image))
+        possible = [q for q in scenes.questions(cue.scene) if missing[q.kind]]
+        if alone:
+            possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.box)]
+        rng.shuffle(possible)
+        for q in {q.kind: q for q in possible}.values():
+            out.asked.append((cue.scene, q))
+            text = prompt_text(tools.family, "string", question=q.text)
+            out.question_items.append(encode(tools, text, image))
+            out.suppressed_items.append(encode(tools, text, scenes.keep_only(cue.image, q.box)))
+            missing[q.kind] -= 1
+        if index % 32 == 0:  # always in the same company, whatever will be asked first
+            see(policy, [*out.cue_items[-32:], *out.question_items[-64:], *out.suppressed_items[-64:]])
+    see(policy, [*out.cue_items, *out.question_items, *out.suppressed_items])
+    bar.close()
+    return out
+
+
+# ---------------------------------------------------------------- scores of samples, and their summaries
+
+
+def thing_of(cue: Cue) -> Thing:
+    """The thing that a scene's cue window is about."""
+    return max(cue.scene.things, key=lambda thing: iou(thing.box, cue.box))
+
+
+def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dict[str, float] | None:
+    """IoU of an answered box with the true one, whether it parses and has the format, and whether it is on
+    the right thing, the one of the scene's that it overlaps most. None where memory ran out."""
+    if text is None:
+        return None
+    score = {"iou": 0.0, "parsed": 0.0, "format": format_reward(text), "right": 0.0}
+    answered = parse_box(text)
+    if answered is not None:
+        pixels = frame.to_pixels(answered)
+        score |= {"iou": iou(pixels, true_box), "parsed": 1.0}
+        if cue.scene is not None:
+            overlap, thing = max(
+                ((iou(t.box, pixels), t) for t in cue.scene.things), key=lambda pair: pair[0]
+            )
+            score["right"] = float(overlap > 0 and thing == thing_of(cue))
+    return score
+
+
+def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
+    """Means over the cues that were answered (Table 10); `errors` counts the others, if there are any."""
+    there = [row for row in rows if row is not None]
+    means = {name: mean(row[name] for row in there) for name in ("iou", "right", "parsed", "format")}
+    out = {"mean_iou": means["iou"], "mean_iou_parsed": mean(row["iou"] for row in there if row["parsed"])}
+    out |= {f"acc{t}": mean(row["iou"] >= t / 100 for row in there) for t in (50, 75)}
+    out |= {"right_object": means["right"], "parse_rate": means["parsed"], "format": means["format"]}
+    return out | {"n": len(there)} | ({"errors": len(rows) - len(there)} if len(rows) > len(there) else {})
+
+
+def question_summary(right: list[float | None], asked: list[tuple[Scene, Question]]) -> dict:
+    """Accuracy in all, by number of things in the scene, by size of the evidence and by kind of question."""
+    groups: dict[str, dict[str, list]] = {k: defaultdict(list) for k in ("objects", "size", "kind")}
+    for hit, (scene, question) in zip(right, asked, strict=True):
+        side = question.box[2] - question.box[0]
+        groups["objects"][str(len(scene.things))].append(hit)
+        groups["size"]["tiny" if side <= scenes.TINY_SIDES[1] else "small"].append(hit)
+        groups["kind"][question.kind].append(hit)
+    by = {f"by_{name}": {k: mean(group[k]) for k in sorted(group)} for name, group in groups.items()}
+    return {"accuracy": mean(right), "n": len(right)} | by
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """The mean of the values that are there; 0 of none."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+def paired(before: list[float | None], after: list[float | None], groups: list | None = None) -> dict:
+    """Mean change of the same samples, where both are there, and its standard error.
+
+    groups: a key for each sample; those of one group (a question asked in four orders) are not independent.
+    """
+    triples = zip(before, after, groups or range(len(before)), strict=True)
+    there = [(b - a, group) for a, b, group in triples if a is not None and b is not None]
+    middle, sums = mean(change for change, _ in there), defaultdict(float)
+    for change, group in there:
+        sums[group] += change - middle
+    variance = sum(v**2 for v in sums.values()) * len(sums) / max(1, len(sums) - 1)
+    return {"change": middle, "standard_error": math.sqrt(variance) / max(1, len(there)), "n": len(there)}
+
+
+# ---------------------------------------------------------------- a model on the held-out set
+
+
+def at_a_time(policy: Policy) -> int:
+    """Prompts in a batch of answers: full images of a large model fill a GPU soon."""
+    return 4 if policy.device.type == "cuda" else 128
+
+
+def answers(
+    policy: Policy, items: Iterable[Encoded], max_new_tokens: int, batch: int | None = None
+) -> Iterator[tuple[str | None, BoxFrame]]:
+    """Greedy answers in the order of the prompts, by the rollout's own loop; None where memory ran out.
+
+    What does not fit as a batch is asked one by one, so only a prompt that is too large by itself is lost.
+    With each answer comes the frame of the boxes in it.
+    """
+    items = iter(items)
+    while chunk := list(islice(items, batch or at_a_time(policy))):
+        said = None
+        with suppress(torch.OutOfMemoryError):  # inside an except block it would hold what did not fit
+            said = texts(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
+        if said is not None:
+            yield from ((text, item.frame) for (text,), item in zip(said, chunk, strict=True))
+            continue
+        torch.cuda.empty_cache()
+        one_by_one = answers(policy, chunk, max_new_tokens, 1)
+        yield from [(None, chunk[0].frame)] if len(chunk) == 1 else one_by_one
+
+
+def recall(
+    policy: Policy,
+    known: MutableMapping,
+    name: str,
+    items: Sequence[Encoded],
+    ways: tuple[int, int],
+    keys=None,
+) -> list[tuple[str | None, BoxFrame]]:
+    """Answers to all the prompts, by `ways`: longest answer, prompts at a time. What `known` holds stays.
+
+    A batch that is half known is asked as a whole: its figures hang, in the last digits, on its company.
+    """
+    names = [f"{name}/{key}" for key in keys or range(len(items))]
+    for start in tqdm(range(0, len(names), ways[1]), desc=name, leave=False):
+        some = range(start, min(start + ways[1], len(names)))
+        if all(names[i] in known for i in some):
+            continue
+        for i, (text, frame) in zip(some, answers(policy, (items[i] for i in some), *ways), strict=True):
+            if names[i] not in known:
+                known[names[i]] = [text, *astuple(frame)]
+    return [(known[key][0], BoxFrame(*known[key][1:])) for key in names]
+
+
+@dataclass
+class Scores:
+    """A model's scores: `summary` as in results.json, `samples` one by one, `boxes` of cues in pixels."""
+
+    summary: dict
+    samples: dict[str, list[float | None]]
+    boxes: list[Box | None]
+    groups: dict[str, list] = field(default_factory=dict)  # of samples that are no independent ones
+
+
+def evaluate(
+    policy: Policy, held: HeldOut, max_new_tokens: int, what: str = "evaluation", known=None, batch=None
+) -> Scores:
+    """Greedy answers to all held-out prompts and their scores; `known` holds answers of an earlier try."""
+    known, batch = {} if known is None else known, batch or at_a_time(policy)
+
+    def ask(name: str, items: Sequence[Encoded]) -> list[tuple[str | None, BoxFrame]]:
+        return recall(policy, known, f"{what}/{name}", items, (max_new_tokens, batch))
+
+    said = ask("cue search", held.cue_items)
+    rows = [box_score(*reply, cue.box, cue) for reply, cue in zip(said, held.cues, strict=True)]
+    answered = [(text and parse_box(text), frame) for text, frame in said]
+    boxes = [frame.to_pixels(box) if box else None for box, frame in answered]
+    summary, samples = {"cue": cue_summary(rows)}, {"cue": [row and row["iou"] for row in rows]}
+    sizes = {
+        size: [row for row, cue in zip(rows, held.cues) if cue.size == size] for size in ("tiny", "small")
+    }
+    summary["cue_by_size"] = {size: cue_summary(some) for size, some in sizes.items() if some}
+    if held.find_items:
+        said = zip(ask("find", held.find_items), held.cues, strict=True)
+        rows = [box_score(*reply, thing_of(cue).box, cue) for reply, cue in said]
+        samples |= {"find": [r and r["iou"] for r in rows], "find_right": [r and r["right"] for r in rows]}
+        summary["find"] = {"mean_iou": mean(samples["find"]), "right_object": mean(samples["find_right"])}
+        summary["find"]["n"] = len(rows)
+    asked = {"questions": held.question_items, "suppressed": held.suppressed_items}
+    for name, items in ((name, items) for name, items in asked.items() if items):
+        samples[name] = [is_right(text, q) for (text, _), (_, q) in zip(ask(name, items), held.asked)]
+        summary[name] = question_summary(samples[name], held.asked)
+        for kind in ("attribute", "place"):
+            samples[f"{name}_{kind}"] = [h for h, (_, q) in zip(samples[name], held.asked) if q.kind == kind]
+    return Scores(summary, samples, boxes)
+
+
+def is_right(text: str | None, question: Question) -> float | None:
+    """Whether a question on a scene is answered: by the very word or words, in the answer block."""
+    return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
+
+
+def baselines(policy: Policy, held: HeldOut, max_new_tokens: int, known=None) -> dict[str, float]:
+    """Mean IoU of cue search without searching: the whole image, a box in the centre of the mean cue's size,
+    and the untrained model's own two steps: name the crop, then find by that name."""
+    side = mean(math.sqrt((c.box[2] - c.box[0]) * (c.box[3] - c.box[1])) for c in held.cues) / 2
+    whole, centre = [], []
+    for cue in held.cues:
+        w, h = cue.image.size
+        whole.append(iou((0, 0, w, h), cue.box))
+        centre.append(iou((w / 2 - side, h / 2 - side, w / 2 + side, h / 2 + side), cue.box))
+    out = {"whole_image": mean(whole), "centre_box": mean(centre)}
+    if not held.find_items:
+        return out
+    family, known, ways = (
+        policy.tools.family,
+        {} if known is None else known,
+        (max_new_tokens, at_a_time(policy)),
+    )
+    naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
+    names = [
+        (answer_of(text or "") or "").strip() for text, _ in recall(policy, known, "names", naming, ways)
+    ]
+    prompts = [prompt_text(family, "text", text=name) for name in names]
+    images = [item.pictures[0] for item in held.cue_items]
+    items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+    found = zip(recall(policy, known, "named", items, ways), held.cues, strict=True)
+    out["name_then_find"] = mean(
+        row and row["iou"] for row in (box_score(*reply, cue.box, cue) for reply, cue in found)
+    )
+    out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))
+    return out
+
+
+# ---------------------------------------------------------------- tables
+
+ROWS = {  # row of the table: list of samples
+    "cue search (IoU)": "cue",
+    "find by text (IoU)": "find",
+    "find by text (right thing)": "find_right",
+    "questions": "questions",
+    "  about attributes": "questions_attribute",
+    "  about places": "questions_place",
+    "questions, suppressed": "suppressed",
+}
+
+
+def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
+    """Change and paired standard error of every list of samples."""
+    names, groups = before.samples, before.groups
+    return {name: paired(names[name], after.samples[name], groups.get(name)) for name in names}
+
+
+def table(before: Scores, after: Scores | None = None, rows: dict[str, str] = ROWS) -> str:
+    """The before/after table, in points of 100 with the paired standard error."""
+    lines = [f"{'held-out':28}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
+    changes = compare(before, after) if after else {}
+    for title, name in rows.items():
+        pairs = list(zip(before.samples.get(name, []), (after or before).samples.get(name, []), strict=True))
+        pairs = [pair for pair in pairs if None not in pair]
+        if pairs:
+            one, other = (100 * mean(column) for column in zip(*pairs))
+            lines.append(f"{title:28}{len(pairs):6}{one:9.1f}")
+            if after:
+                change, error = (100 * changes[name][key] for key in ("change", "standard_error"))
+                lines[-1] += f"{other:9.1f}{change:+10.1f} ± {error:.1f}"
+    searched = [scores.summary["cue"] for scores in (before, after) if scores and "cue" in scores.summary]
+    for key in ("right_object", "parse_rate", "format") if searched else ():
+        if key != "right_object" or "find" in before.summary:  # photos have no other objects to compare with
+            numbers = "".join(f"{100 * cue[key]:9.1f}" for cue in searched)
+            lines.append(f"{'cue search, ' + key.replace('_', ' '):28}{searched[0]['n']:6}{numbers}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The same cues and reward on engines that scale: TRL and EasyR1."""

@@ -1,0 +1,104 @@
+"""Attention-in-Box: the one-row method against full eager attention, and hand-made maps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from random_models import prompts
+
+from evaluation.attention import (
+    add_grounding,
+    attention_maps,
+    begin_answer,
+    box_ious,
+    grounding_summary,
+    looking,
+    touched_cells,
+)
+from evaluation.heldout import Scores
+from policy import collate, group_mask
+from prompts import BoxFrame
+
+
+def full_maps(policy, item):
+    """Head-mean attention of the last token from one ordinary eager forward pass, [layers, cells]."""
+    batch = collate(policy, [item])
+    config = policy.whole.config.get_text_config()
+    config._attn_implementation = "eager"
+    mask = torch.zeros(1, 1, *[batch.ids.shape[1]] * 2)
+    mask = mask.masked_fill(~group_mask(batch.segments), torch.finfo(torch.float32).min)
+    features = list(zip(*[p.features for p in item.pictures], strict=True))
+    seen = {"image": SimpleNamespace(pooler_output=features[0], deepstack_features=features[1:])}
+    ways = dict(attention_mask=mask, position_ids=batch.positions, mm_encoder_outputs=seen)
+    with torch.no_grad():
+        run = policy.whole.model(batch.ids, use_cache=False, output_attentions=True, **ways)
+    config._attn_implementation = "sdpa"
+    columns = (batch.ids[0] == policy.whole.config.image_token_id).nonzero()[:, 0]
+    return torch.stack([layer[0, :, -1].mean(0) for layer in run.attentions])[:, columns]
+
+
+def test_one_row_equals_full_eager_attention(policy):
+    items = [begin_answer(policy.tools, item, "<think> red") for item in prompts(policy, 4)]
+    maps = attention_maps(policy, items)  # in one left-padded batch
+    assert policy.whole.config.get_text_config()._attn_implementation == "sdpa"
+    for item, got in zip(items, maps, strict=True):
+        cells = got.shape[1] * got.shape[2]
+        assert cells == int(item.pictures[0].grid.prod()) // 4
+        want = full_maps(policy, item)[:, :cells]
+        assert want.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
+        assert torch.allclose(got.flatten(1), want, atol=1e-6)
+
+
+def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
+    monkeypatch.setattr(policy.whole.model.language_model, "norm", None)
+    with pytest.raises(TypeError):
+        attention_maps(policy, prompts(policy, 1))
+    assert policy.whole.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_cells_that_touch_a_box_count():
+    # 4 × 2 tokens on an image of 80 × 40 pixels: 20 pixels a token.
+    def cells(*boxes):
+        return touched_cells(list(boxes), (80, 40), (2, 4)).int().tolist()
+
+    assert cells((0, 0, 20, 20)) == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert cells((19, 19, 21, 21)) == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    assert cells((70, 30, 200, 90), (-9, -9, 1, 1)) == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert cells() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_attention_in_box_by_hand():
+    first = [[4.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]  # mass 8
+    second = [[0.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]  # mass 2
+    got = looking(torch.tensor([first, second]), [(0, 0, 15, 10), (70, 0, 80, 5)], (80, 40))
+    assert got.aib == pytest.approx([4 / 8, 2 / 2])
+    assert got.mean_aib == pytest.approx(6 / 10), "of the averaged map, not the mean of the layers"
+    assert got.peak == 1 and got.chance == pytest.approx(2 / 8)
+    assert looking(torch.tensor([first, second]), [(60, 20, 80, 40)], (80, 40)).peak == 0
+
+
+def test_boxes_count_with_or_without_an_answer_block():
+    frame = BoxFrame(200, 100, 1000, 1000)
+    said = [
+        ("<think>x</think><answer>[100, 100, 200, 200]</answer>", frame),
+        (None, frame),
+        ("nowhere", frame),
+    ]
+    said.append(('```json\n[{"bbox_2d": [100, 100, 200, 200], "label": "star"}]\n```', frame))
+    assert box_ious(said, [(20, 10, 40, 20)] * 4) == [1.0, None, 0.0, 1.0]
+
+
+def test_grounding_against_answers_by_hand():
+    ious, right = [0.0, 0.0, 0.3, 0.5, 0.9, None], [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    got = grounding_summary(ious, right)
+    assert got["n"] == 5
+    assert [part["n"] for part in got["accuracy"].values()] == [2, 1, 2]
+    assert [part["accuracy"] for part in got["accuracy"].values()] == [0.5, 0.0, 0.5]
+    assert got["right"] == {"mean_iou": 0.25, "found": 0.5, "n": 2}
+    assert got["wrong"]["mean_iou"] == pytest.approx(0.4) and got["wrong"]["found"] == pytest.approx(1 / 3)
+    assert list(got["counts"].values()) == [1, 1, 1, 2]
+    base, after = Scores({}, {}, []), Scores({}, {}, [])
+    add_grounding(base, ious, right, base)
+    add_grounding(after, [1.0] * 6, [1.0] * 6, base)
+    assert [len(after.samples[name]) for name in ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")] == [2, 1, 2]
+    assert base.samples["misread"] == [0, 0, 0, 0, 1, None] and base.samples["not found"][:3] == [0, 1, 1]

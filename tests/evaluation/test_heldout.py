@@ -1,0 +1,178 @@
+"""Scores and summaries against hand-worked examples, on answers whose right scores are known."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from random_models import noise, random_policy
+
+from data import CueConfig, FolderCues, SceneCues, UserError
+from evaluation import heldout
+from evaluation.heldout import (
+    Scores,
+    box_score,
+    cue_summary,
+    held_out,
+    paired,
+    question_summary,
+    table,
+    thing_of,
+)
+from prompts import FAMILIES, BoxFrame
+from tiny import scenes
+from tiny.scenes import Question
+from training.checks import check_frame
+
+FRAME = BoxFrame(scenes.SIDE, scenes.SIDE, 1000, 1000)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    policy = random_policy("qwen3_vl")
+    policy.tools.family = replace(FAMILIES["tiny"])
+    return policy
+
+
+def said(box, think: str = "x") -> str:
+    return f"<think>{think}</think><answer>{FRAME.to_text(box)}</answer>"
+
+
+def test_box_score_knows_the_right_thing_from_the_others():
+    cue = SceneCues(CueConfig(), "heldout", 0)[3]
+    mine = thing_of(cue)
+    other = next(t for t in cue.scene.things if t != mine)
+    right = box_score(said(cue.box), FRAME, cue.box, cue)
+    assert right["iou"] > 0.9 and right["parsed"] == right["format"] == right["right"] == 1
+    wrong = box_score(said(other.box), FRAME, cue.box, cue)
+    assert wrong["iou"] < 0.2 and wrong["right"] == 0 and wrong["parsed"] == 1
+    silent = box_score("<think>x</think><answer>nowhere</answer>", FRAME, cue.box, cue)
+    assert silent == {"iou": 0, "parsed": 0, "format": 1, "right": 0}
+    nothing = box_score("<answer>[990, 990, 1000, 1000]</answer>", FRAME, cue.box, replace(cue, scene=None))
+    assert nothing["parsed"] == 1 and nothing["format"] == 0 and nothing["right"] == 0
+
+
+def test_cue_summary_by_hand():
+    rows = [{"iou": v, "parsed": p, "format": 1.0, "right": r} for v, p, r in
+            [(0.8, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 0.0, 0.0), (0.2, 1.0, 0.0)]]  # fmt: skip
+    got = cue_summary(rows)
+    assert got["mean_iou"] == pytest.approx(0.375) and got["mean_iou_parsed"] == pytest.approx(0.5)
+    assert (got["acc50"], got["acc75"], got["parse_rate"], got["n"]) == (0.5, 0.25, 0.75, 4)
+
+
+def test_question_summary_splits_by_objects_size_and_kind():
+    one, many = (scenes.draw_layout(random.Random(0), n) for n in (1, 4))
+    tiny, small = (
+        Question("place", "", "", "", (0, 0, 16, 16)),
+        Question("attribute", "", "", "", (0, 0, 30, 30)),
+    )
+    got = question_summary([1.0, 0.0, 1.0], [(one, tiny), (many, tiny), (many, small)])
+    assert got["accuracy"] == pytest.approx(2 / 3) and got["n"] == 3
+    assert got["by_objects"] == {"1": 1, "4": 0.5}
+    assert got["by_size"] == {"small": 1, "tiny": 0.5} and got["by_kind"] == {"attribute": 1, "place": 0.5}
+
+
+def test_paired_standard_error_by_hand():
+    got = paired([0, 0, 1, 1], [1, 0, 1, 1])
+    assert got["change"] == 0.25
+    assert got["standard_error"] == pytest.approx(math.sqrt((0.75**2 + 3 * 0.25**2) / 3 / 4))
+    assert paired([0.5] * 5, [0.5] * 5) == {"change": 0, "standard_error": 0, "n": 5}
+    lost = paired([None, 0.5, 0.0], [0.7, 1.0, None])  # where memory ran out on either side, nothing pairs
+    assert lost == {"change": 0.5, "standard_error": 0, "n": 1}
+
+
+def test_samples_of_one_group_count_as_one():
+    """Four questions, each asked in two orders with the same result: two independent pairs of changes."""
+    before, after = [0, 0, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 1, 1]
+    grouped = paired(before, after, list("aabbccdd"))
+    alone = paired(before[::2], after[::2])
+    assert grouped["change"] == alone["change"] == 0.25 and grouped["n"] == 8
+    assert grouped["standard_error"] == pytest.approx(alone["standard_error"])
+    assert paired(before, after)["standard_error"] < grouped["standard_error"]
+
+
+def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
+    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 5)
+    plain, real, sizes = list(heldout.answers(policy, held.cue_items, 8)), heldout.rollout, []
+
+    def small(policy, batch, *rest):
+        sizes.append(len(batch.items))
+        if len(batch.items) > 1 or batch.items[0] is held.cue_items[3]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(policy, batch, *rest)
+
+    monkeypatch.setattr(heldout, "rollout", small)
+    got = list(heldout.answers(policy, held.cue_items, 8, batch=3))
+    assert sizes == [3, 1, 1, 1, 2, 1, 1]
+    expected = [text for text, _ in plain]
+    expected[3] = None
+    assert [text for text, _ in got] == expected
+    assert [frame for _, frame in got] == [frame for _, frame in plain]
+    scores = heldout.evaluate(policy, held, 8, batch=3)
+    assert scores.summary["cue"]["n"] == 4 and scores.summary["cue"]["errors"] == 1
+    check_frame(policy, held, scores)
+
+
+def test_photos_are_opened_when_they_are_asked_about(policy, tmp_path):
+    for i in range(30):
+        noise((320, 240), i).save(tmp_path / f"{i}.png")
+    held = held_out(policy, FolderCues(tmp_path, CueConfig(), "heldout", 0), 4)
+    boxes, items = [cue.box for cue in held.cues], list(held.cue_items)
+    assert len(held.cues) == len(items) == 4 and held.find_items == held.asked == []
+    assert boxes == [cue.box for cue in held.cues], "drawn again, the same"
+    assert held.cues[0] is not held.cues[0] and items[0] is not held.cue_items[0], "none is kept"
+
+
+def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_evidence(policy, monkeypatch):
+    monkeypatch.setattr(heldout, "see", lambda policy, items: None)  # which would let go of the pixels
+    cues = SceneCues(CueConfig(), "heldout", 0)
+    held, again = held_out(policy, cues, 4), held_out(policy, cues, 4)
+    assert [q.text for _, q in held.asked] == [q.text for _, q in again.asked]
+    kinds = [q.kind for _, q in held.asked]
+    assert kinds.count("place") == kinds.count("attribute") == 4
+    assert len(held.cues) == len(held.cue_items) == len(held.find_items) == 4
+    for item in held.question_items:
+        assert len(item.pictures) == 1, "an ordinary question has one image and no crop"
+    for full, black, (_, question) in zip(held.question_items, held.suppressed_items, held.asked):
+        assert full.ids.tolist() == black.ids.tolist()
+        lit = (black.pictures[0].pixels > -0.999).any(1).float().mean()
+        touched = math.prod((question.box[i + 2] - 1) // 16 - question.box[i] // 16 + 1 for i in (0, 1))
+        assert 0 < lit <= touched / 144 + 1e-6
+
+
+def test_alone_keeps_only_evidence_with_its_tokens_to_itself(policy):
+    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0, (16, 16)), 3, alone=True)
+    assert all(scenes.alone_in_its_cells(scene, q.box) for scene, q in held.asked)
+
+
+def scores_of(samples: list[float], boxes: list) -> Scores:
+    return Scores(
+        {"cue": cue_summary([{"iou": 0, "parsed": 1, "format": 1, "right": 0}])}, {"cue": samples}, boxes
+    )
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_frame_check_stops_where_the_other_frame_wins(policy, wrong):
+    """Perfect answers, read in their own frame and in the other one."""
+    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 12)
+    answered = []
+    for cue in held.cues:
+        units = FRAME.to_units(cue.box)
+        if wrong:  # written in pixels of the picture, 0 to 192, but read as thousandths
+            units = cue.box
+        answered.append(FRAME.to_pixels(units))
+    values = [heldout.iou(box, cue.box) for box, cue in zip(answered, held.cues)]
+    scores = scores_of(values, answered)
+    if wrong:
+        with pytest.raises(UserError, match="--box-frame resized"):
+            check_frame(policy, held, scores)
+    else:
+        check_frame(policy, held, scores)
+
+
+def test_the_table_shows_both_models_and_the_change():
+    before, after = scores_of([0.1, 0.2, 0.3], []), scores_of([0.5, 0.6, 0.7], [])
+    line = table(before, after).splitlines()[1]
+    assert line.split()[-6:] == ["3", "20.0", "60.0", "+40.0", "±", "0.0"]
+    assert "±" not in table(before)

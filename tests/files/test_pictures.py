@@ -1,0 +1,237 @@
+"""Bad data: left out with a reason that is counted, replaced by another cue, never the end of a run."""
+
+import io
+import json
+import math
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from random_models import noise
+
+import locus_mini
+from data import CocoCues, CueConfig, FolderCues, UserError
+from files.pictures import LeftOut, Photos, Unfit, index_coco, load_image
+
+SIZE = (320, 240)
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG of a few bytes that claims to be side × side pixels."""
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def jpeg(size: tuple[int, int], seed: int) -> bytes:
+    file = io.BytesIO()
+    noise(size, seed).save(file, "JPEG")
+    return file.getvalue()
+
+
+BAD = {  # name: content, why it cannot be used
+    "truncated.jpg": (jpeg(SIZE, 0)[:3000], "broken, or no picture"),
+    "zero.jpg": (b"", "broken, or no picture"),
+    "text.jpg": (b"<html>not found</html>", "broken, or no picture"),
+    "zeros.png": (bytes(4096), "broken, or no picture"),
+    "one.png": (jpeg((1, 1), 0), "with a side under 16 pixels"),
+    "line.png": (jpeg((1, 4000), 0), "with a side under 16 pixels"),
+    "strip.png": (jpeg((16, 4000), 0), "over 200 times as long as wide"),
+    "bomb.png": (huge_png(20_000), "larger than 134,217,728 pixels"),
+    "worse.png": (huge_png(2**31 - 1), "larger than 134,217,728 pixels"),
+    "script.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n",
+        "broken, or no picture",
+    ),
+    "missing.jpg": (None, "missing"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BAD)
+def test_every_unfit_picture_says_why(name, tmp_path):
+    content, why = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(Unfit) as caught:
+        load_image(tmp_path / name)
+    assert str(caught.value) == why
+
+
+def fill(folder: Path, good: int) -> None:
+    folder.mkdir()
+    for i in range(good):
+        noise(SIZE, i).save(folder / f"{i}.png")
+    for name, (content, _) in BAD.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_another_cue_takes_the_place_the_same_for_the_same_seed(tmp_path, capsys):
+    fill(tmp_path / "photos", 20)
+    cues = FolderCues(tmp_path / "photos", CueConfig(), "train", 0)
+    drawn = [(cues[i].box, cues[i].image.tobytes()) for i in range(60)]
+    fresh = FolderCues(tmp_path / "photos", CueConfig(), "train", 0)
+    assert [(fresh[i].box, fresh[i].image.tobytes()) for i in reversed(range(60))] == drawn[::-1]
+    (left_out,) = cues.left_out
+    assert left_out.unfit >= 5 and left_out.reasons["broken, or no picture"] >= 2
+    assert left_out.reasons == fresh.left_out[0].reasons, "each picture counts once"
+    said = capsys.readouterr().err
+    assert said.count("warning: more than 1 % cannot be used") == 2, "once for each of the two"
+
+
+def test_a_picture_is_never_run_as_a_program(tmp_path, monkeypatch):
+    (tmp_path / "script.jpg").write_bytes(BAD["script.jpg"][0])
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    with pytest.raises(Unfit):
+        load_image(tmp_path / "script.jpg")
+
+
+def test_names_that_are_no_text_are_names(tmp_path):
+    for i in range(30):
+        noise(SIZE, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/%d\xff.png" % i))
+    cue = FolderCues(tmp_path, CueConfig(), "train", 0)[0]
+    assert cue.image.size == SIZE
+    assert index([IMAGE | {"id": "\ud800"}, IMAGE], [BOX])[0], "an id of half a character"
+
+
+def test_two_entries_of_one_file_do_not_hang_on_who_comes_first(tmp_path):
+    """One has the wrong size: it alone is unfit, whichever was touched first."""
+    noise(SIZE, 0).save(tmp_path / "1.png")
+    photos = Photos(tmp_path, LeftOut("images", 1))
+    assert photos.open("1.png", (999, 999)) is None
+    assert photos.open("1.png", SIZE) is not None
+
+
+def test_all_dropped_is_an_error_that_counts_them(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"left out: \d+ broken, or no picture"):
+        FolderCues(tmp_path, CueConfig(), "train", 0)[0]
+
+
+def test_a_warning_comes_once_and_only_above_one_percent(capsys):
+    left_out = LeftOut("images in x", 300)
+    for _ in range(3):
+        left_out.add("missing")
+    left_out.add("excluded", on_purpose=True)
+    left_out.warn()
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        left_out.add("missing")
+        left_out.warn()
+    assert capsys.readouterr().err.count("warning") == 1
+    assert str(left_out) == "of 300 images in x left out: 5 missing, 1 excluded"
+
+
+# ---------------------------------------------------------------- annotations
+
+IMAGE = {"id": 1, "file_name": "1.png", "width": 320, "height": 240}
+BOX = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [10, 10, 20, 20]}
+BAD_IMAGES = {
+    "without an id": [IMAGE | {"id": None}, IMAGE | {"id": [3]}, "text", None, {}],
+    "whose id stands twice": [IMAGE, IMAGE | {"file_name": "other.png"}],
+    "without name, width and height": [
+        IMAGE | {"id": 2, "width": "320"},
+        IMAGE | {"id": 3, "height": None},
+        IMAGE | {"id": 4, "width": math.nan},
+        IMAGE | {"id": 5, "file_name": 7},
+        IMAGE | {"id": 6, "width": 320.5},
+        IMAGE | {"id": 7, "width": 10**300, "height": 10**300},
+        IMAGE | {"id": 8, "height": 1e308},
+    ],
+    "outside their folder": [
+        IMAGE | {"id": 2, "file_name": "../secret.png"},
+        IMAGE | {"id": 3, "file_name": "/etc/passwd"},
+        IMAGE | {"id": 4, "file_name": "a/../../b.png"},
+        IMAGE | {"id": 5, "file_name": "C:\\b.png"},
+        IMAGE | {"id": 6, "file_name": "..\\b.png"},
+    ],
+    "too small or narrow": [
+        IMAGE | {"id": 2, "width": 1, "height": 1},
+        IMAGE | {"id": 3, "width": 1, "height": 4000},
+        IMAGE | {"id": 4, "width": 4000, "height": 16},
+        IMAGE | {"id": 5, "width": -320},
+    ],
+}
+BAD_BOXES = {
+    "whose id stands twice": [BOX, BOX | {"bbox": [50, 50, 30, 30]}],
+    "without an image that can be used": [BOX | {"id": 2, "image_id": 99}, BOX | {"id": 3, "image_id": "1"}],
+    "without a box": [{"id": 2, "image_id": 1}, BOX | {"id": 3, "image_id": [1]}, BOX | {"id": {}}, "text"],
+    "that are not four numbers": [
+        BOX | {"id": 2, "bbox": ["10", "10", "20", "20"]},
+        BOX | {"id": 3, "bbox": [10, 10, 20]},
+        BOX | {"id": 4, "bbox": [10, 10, math.nan, 20]},
+        BOX | {"id": 5, "bbox": [10, math.inf, 20, 20]},
+        BOX | {"id": 6, "bbox": None},
+        BOX | {"id": 7, "bbox": [10, 10, True, 20]},
+        BOX | {"id": 8, "bbox": [10, 10, 10**400, 20]},
+    ],
+    "empty or inverted": [BOX | {"id": 2, "bbox": [50, 50, -20, 20]}, BOX | {"id": 3, "bbox": [9, 9, 9, 0]}],
+    "outside their image": [BOX | {"id": 2, "bbox": [320, 0, 9, 9]}, BOX | {"id": 3, "bbox": [-9, 0, 9, 9]}],
+}
+
+
+def index(images: list, boxes: list):
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    return index_coco(json.dumps(content), "x.json", "train", set(), {}, False)
+
+
+@pytest.mark.parametrize("why", BAD_IMAGES)
+def test_bad_images_are_counted_and_the_rest_stays(why):
+    first = [] if BAD_IMAGES[why][0] == IMAGE else [IMAGE]
+    boxes, (images, annotations) = index([*first, *BAD_IMAGES[why]], [BOX])
+    assert images.reasons == {why: len(BAD_IMAGES[why]) - (not first)}
+    assert [(one.name, one.box) for one in boxes] == [("1.png", (10, 10, 30, 30))]
+    assert not annotations.reasons
+
+
+@pytest.mark.parametrize("why", BAD_BOXES)
+def test_bad_annotations_are_counted_and_the_rest_stays(why):
+    first = [] if BAD_BOXES[why][0] == BOX else [BOX]
+    boxes, (images, annotations) = index([IMAGE], [*first, *BAD_BOXES[why]])
+    assert annotations.reasons == {why: len(BAD_BOXES[why]) - (not first)}
+    assert [one.box for one in boxes] == [(10, 10, 30, 30)] and not images.reasons
+
+
+def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monkeypatch):
+    noise(SIZE, 0).save(tmp_path / "secret.png")
+    (tmp_path / "images").mkdir()
+    noise(SIZE, 1).save(tmp_path / "images" / "1.png")
+    images = [IMAGE, IMAGE | {"id": 2, "file_name": "../secret.png"}]
+    images += [IMAGE | {"id": 3, "file_name": str(tmp_path / "secret.png")}]
+    boxes = [BOX | {"id": i, "image_id": i, "bbox": [50, 50, 60, 50]} for i in (1, 2, 3)]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": []}))
+    opened, usual = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **ways: opened.append(Path(path)) or usual(path, **ways))
+    cues = CocoCues(file, tmp_path / "images", CueConfig(tiny_ratio=0), "train", 0)
+    assert all(cues[i].image.size == SIZE for i in range(20))
+    assert set(opened) == {tmp_path / "images" / "1.png"}
+
+
+def test_a_picture_is_opened_once_to_be_found_unfit(tmp_path, monkeypatch):
+    photos, usual = Photos(tmp_path, LeftOut("images", 1)), Image.open
+    tries = []
+    monkeypatch.setattr(Image, "open", lambda path, **ways: tries.append(path) or usual(path, **ways))
+    assert [photos.open("none.png") for _ in range(3)] == [None] * 3
+    assert len(tries) == 1 and photos.left_out.reasons == {"missing": 1}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_whole_run_on_bad_data_ends_well_and_counts(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "photos", 40)
+    arguments = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--steps", "4"]
+    arguments += ["--prompts", "4", "--group", "2", "--eval-cues", "6"]
+    monkeypatch.setattr(sys, "argv", ["locus_mini.py", *arguments])
+    locus_mini.main()
+    left_out = json.loads((tmp_path / "run" / "results.json").read_text())["left_out"]
+    counted = sum(sum(reasons.values()) for reasons in left_out.values())
+    assert 1 <= counted <= len(BAD) - 1

@@ -1,0 +1,115 @@
+"""The rows, the rule behind each verdict, and that RESULTS.md says what RESULTS.json holds."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from data import CueConfig, SceneCues, UserError
+from paper import report, reproduce
+from paper.claims import CLAIMS, POINTLESS, bands_apart, contrast, template_iou, verdict
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    return json.loads((ROOT / "paper/RESULTS.json").read_text(encoding="utf-8"))
+
+
+def test_a_contrast_is_paired_and_its_interval_the_closed_form():
+    one, other = [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]]
+    found = contrast(one, other)
+    changes = [50.0, 50.0, 0.0, -50.0]  # of each sample, over the seeds
+    error = math.sqrt(sum((c - 12.5) ** 2 for c in changes) / 3 / 4)
+    assert found["change"] == 12.5 and found["seeds"] == [25.0, 0.0] and found["n"] == 4
+    assert found["low"] == pytest.approx(12.5 - 1.96 * error, abs=0.01)
+    assert found["high"] == pytest.approx(12.5 + 1.96 * error, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "expected"),
+    [
+        (0.1, 3.0, [1.0, 2.0, 1.5], "same direction"),
+        (0.1, 3.0, [1.0, -0.1, 3.5], "no difference"),
+        (-0.1, 3.0, [1.0, 2.0, 1.5], "no difference"),
+        (-3.0, -0.1, [-1.0, -2.0, -1.5], "opposite direction"),
+        (-3.0, -0.1, [-1.0, 0.0, -3.5], "no difference"),
+    ],
+)
+def test_the_rule(low, high, seeds, expected):
+    assert verdict({"low": low, "high": high, "seeds": seeds}) == expected
+
+
+def test_bands_are_compared_as_two_groups():
+    found = bands_apart({"IoU ≥ 0.5": [1.0, 1.0, 1.0, 0.0], "IoU 0": [0.0, 1.0, 0.0, 0.0]})
+    assert found["change"] == 50.0 and found["n"] == 8
+    assert found["high"] - found["change"] == pytest.approx(196 * math.sqrt(2 * 0.75 * 0.25 / 4), abs=0.02)
+
+
+@pytest.mark.parametrize("source", ["object", "random", "large"])
+def test_every_kind_of_crop_can_be_found_in_its_scene(source):
+    cues = SceneCues(CueConfig(source), "train", 1)
+    assert sum(template_iou(cues[i].image, cues[i].box) for i in range(40)) / 40 >= 0.9
+
+
+def test_a_template_matcher_is_lost_where_there_is_nothing_to_see():
+    from PIL import Image
+
+    assert template_iou(Image.new("RGB", (40, 30), "gray"), (3, 4, 9, 11)) < 0.2
+
+
+def test_results_md_is_written_from_results_json_and_nothing_else(results):
+    assert report.markdown(results) == (ROOT / "paper/RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_every_row_and_claim_is_there(results):
+    assert set(results["rows"]) == {"base", *reproduce.THREE, *reproduce.ONE}
+    assert all(results["rows"][name]["seeds"] == list(reproduce.SEEDS) for name in reproduce.THREE)
+    assert [c["title"] for c in results["claims"]] == [c.title for c in CLAIMS]
+    for claim in results["claims"]:
+        assert claim["verdict"] == verdict(claim)
+    assert set(POINTLESS) <= set(results["rows"])
+    for name in re.findall(
+        r"\]\((figures/\w+\.png)\)", (ROOT / "paper/RESULTS.md").read_text(encoding="utf-8")
+    ):
+        assert (ROOT / "paper" / name).is_file(), name
+
+
+def test_the_change_of_a_claim_is_that_of_its_rows(results):
+    rows = results["rows"]
+    for claim in results["claims"]:
+        column = {"questions": "questions", "questions_place": "places"}.get(claim["metric"])
+        if column:
+            mine, theirs = (rows[name][column] for name in (claim["row"], claim["other"]))
+            change = sum(mine) / len(mine) - sum(theirs) / len(theirs)
+            assert claim["change"] == pytest.approx(change, abs=0.02)
+
+
+def test_the_readme_has_the_figures_of_results_json(results):
+    """Each line of its table: row, then questions, places, attributes, as report.figure writes them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if " ± " in line or "| base" in line]
+    assert len(lines) >= 8
+    for name, *figures in lines:
+        row = results["rows"][name.strip("* ")]
+        columns = ("questions", "places", "attributes", "cue search")
+        assert figures == [report.figure(row[column]) for column in columns], name
+
+
+def test_rows_are_done_once_and_other_settings_refuse(tmp_path, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")  # which do_rows sets, and this puts back
+    rows = [("SFT", 11), ("more pretraining", 11)]
+    folders = {row: reproduce.folder_of(tmp_path, *row) for row in rows}
+    reproduce.do_rows(tmp_path, 1, 4, 1, rows)
+    done = [json.loads((folder / "row.json").read_text()) for folder in folders.values()]
+    assert all(len(row["samples"]["questions"]) == 8 and len(row["samples"]["cue"]) == 2 for row in done)
+    times = [(folder / "row.json").stat().st_mtime_ns for folder in folders.values()]
+    reproduce.do_rows(tmp_path, 1, 4, 1, rows)
+    assert times == [(folder / "row.json").stat().st_mtime_ns for folder in folders.values()]
+    with pytest.raises(UserError, match="steps 1, not 2"):
+        reproduce.do_rows(tmp_path, 2, 4, 1, rows)

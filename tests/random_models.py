@@ -1,0 +1,92 @@
+"""Small random models of both families, with pictures of different sizes: all runs on a CPU in seconds."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from models import add_lora, make_policy
+from policy import Policy
+from prompts import FAMILIES, Encoded, Tools, encode
+from tiny import architecture
+
+KINDS = ("qwen2_5_vl", "qwen3_vl")
+
+
+def random_model(kind: str, tokenizer, width: int = 64, layers: int = 2, **extra):
+    """A random model of the family's own class, of miniature size, with its special tokens."""
+    token = tokenizer.convert_tokens_to_ids
+    ids = dict(
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers
+    )
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1) | extra
+    rope = dict(
+        rope_type="default",
+        rope_theta=10_000.0,
+        mrope_section=[width // 32, width // 32 + 1, width // 32 + 1],
+    )
+    rope["mrope_section"][0] = width // 8 - sum(rope["mrope_section"][1:])
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=width)
+    torch.manual_seed(0)
+    if kind == "qwen3_vl":
+        text |= dict(head_dim=width // 4, rope_parameters=rope | {"mrope_interleaved": True})
+        vision |= dict(patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0])
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        return Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
+    text |= dict(rope_parameters=rope)
+    vision |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def random_policy(kind: str, stop_every: int = 12, **extra) -> Policy:
+    """A policy around a random model with a non-zero adapter; every `stop_every`-th token ends an answer."""
+    tokenizer = architecture.build_tokenizer()
+    model = random_model(kind, tokenizer, **extra)
+    half = [0.5, 0.5, 0.5]
+    patch = model.config.vision_config.patch_size
+    processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, image_mean=half, image_std=half)
+    cell = (2 * patch) ** 2
+    family = replace(FAMILIES[kind], image_pixels=(cell, 12 * cell), crop_pixels=(cell, 4 * cell))
+    policy = make_policy(model, Tools(tokenizer, processor, family, ""), torch.device("cpu"))
+    policy.stop_ids = torch.arange(20, len(tokenizer), stop_every)
+    return policy
+
+
+def with_adapter(policy: Policy, rank: int = 4) -> Policy:
+    """The same policy with an adapter that does something: B is random instead of 0."""
+    policy = add_lora(policy, rank)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    """A picture of random pixels; Pillow's own noise has no seed."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def prompts(policy: Policy, count: int = 3) -> list[Encoded]:
+    """Prompts of different lengths: images of different sizes, with and without a crop."""
+    sizes = [(90, 60), (64, 130), (200, 70), (64, 64)]
+    pictures = [noise(sizes[i % 4], i) for i in range(count)]
+    crops = [None if i % 3 == 2 else picture.crop((5, 5, 45, 35)) for i, picture in enumerate(pictures)]
+    return [
+        encode(policy.tools, "Find it." * (i + 1), picture, crop=crop)
+        for i, (picture, crop) in enumerate(zip(pictures, crops))
+    ]

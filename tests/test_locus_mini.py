@@ -1,0 +1,240 @@
+"""The loss against hand-written closed forms in float64, and what must not change the gradient."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from random_models import prompts, random_policy, with_adapter
+
+from locus_mini import (
+    Config,
+    group_advantages,
+    grpo_loss,
+    learning_rate,
+    micro_batches,
+    token_weights,
+    update_policy,
+)
+from policy import collate, rollout, token_logps
+
+CFG = Config(kl=0.05, prompts=4, max_new_tokens=10, lr=1.0)
+
+
+def by_hand(logps, old, ref, advantages, mask, cfg: Config) -> float:
+    """The same loss with Python floats: loops, no tensors, the formulas of the papers."""
+    B, G, T = mask.shape
+    lengths = [[int(mask[b, g].sum()) for g in range(G)] for b in range(B)]
+    total = 0.0
+    for b in range(B):
+        for g in range(G):
+            for t in range(T):
+                if not mask[b, g, t]:
+                    continue
+                A, rho = float(advantages[b, g]), math.exp(float(logps[b, g, t] - old[b, g, t]))
+                clipped = min(max(rho, 1 - cfg.clip_low), 1 + cfg.clip_high)
+                J = min(rho * A, clipped * A)
+                if A < 0:
+                    J = max(J, cfg.dual_clip * A)
+                d = float(ref[b, g, t] - logps[b, g, t])
+                k3 = math.exp(d) - d - 1
+                weight = {
+                    "token_mean": 1 / sum(map(sum, lengths)),
+                    "grpo": 1 / (B * G * lengths[b][g]),
+                    "dr_grpo": 1 / (B * G * cfg.max_new_tokens),
+                }[cfg.loss]
+                total += weight * (cfg.kl * k3 - J)
+    return total
+
+
+def example(seed: int = 0, B: int = 3, G: int = 4, T: int = 6):
+    """Ratios from 0.3 to 5 on both signs of the advantage, answers of different lengths, one flat group."""
+    generator = torch.Generator().manual_seed(seed)
+    logps = -3 * torch.rand(B, G, T, generator=generator, dtype=torch.float64)
+    old = logps + torch.randn(B, G, T, generator=generator, dtype=torch.float64) * 0.6
+    ref = logps + torch.randn(B, G, T, generator=generator, dtype=torch.float64) * 0.4
+    lengths = torch.randint(1, T + 1, (B, G), generator=generator)
+    mask = torch.arange(T) < lengths[..., None]
+    rewards = torch.rand(B, G, generator=generator, dtype=torch.float64)
+    rewards[-1] = 0.7  # a group without variance stays in the denominator, and keeps its KL
+    return logps, old, ref, group_advantages(rewards), mask
+
+
+def weights_of(mask, cfg: Config):
+    answers = mask.shape[0] * mask.shape[1]
+    return token_weights(mask.double(), cfg.loss, float(mask.sum()), answers, cfg.max_new_tokens)
+
+
+@pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+@pytest.mark.parametrize("seed", range(4))
+def test_loss_equals_the_closed_form(loss, kl, seed):
+    logps, old, ref, advantages, mask = example(seed)
+    cfg = replace(CFG, loss=loss, kl=kl)
+    value, _ = grpo_loss(logps, old, ref if kl else None, advantages, weights_of(mask, cfg), cfg)
+    assert value.item() == pytest.approx(by_hand(logps, old, ref, advantages, mask, cfg), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.0, 2.0, 2.0),
+        (1.25, 2.0, 2.5),  # inside the band: untouched
+        (1.5, 2.0, 2.6),  # above, A > 0: clipped at 1.3
+        (0.5, 2.0, 1.0),  # below, A > 0: the pessimistic side, not clipped
+        (0.5, -2.0, -1.6),  # below, A < 0: clipped at 0.8
+        (1.5, -2.0, -3.0),  # above, A < 0: not clipped
+        (10.0, -2.0, -6.0),  # far above, A < 0: dual clip at 3
+    ],
+)
+def test_each_side_of_the_clip(ratio, advantage, expected):
+    logps = torch.tensor([[[math.log(ratio)]]], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, 1, 1, dtype=torch.float64)
+    loss, stats = grpo_loss(logps, zero, None, torch.tensor([[advantage]]), torch.ones(1, 1, 1), CFG)
+    assert -loss.item() == pytest.approx(expected, abs=1e-12)
+    loss.backward()
+    moves = ratio in (1.0, 1.25) or (ratio, advantage) in ((0.5, 2.0), (1.5, -2.0))
+    slope = -ratio * advantage if moves else 0.0
+    assert logps.grad.item() == pytest.approx(slope, abs=1e-12)
+    assert stats["clipped"].item() == (expected in (2.6, -1.6))
+
+
+def test_k3_is_the_kl_in_expectation():
+    """E over samples of exp(d) − d − 1 is KL(π ‖ ref): summed over a whole vocabulary it is exact."""
+    torch.manual_seed(0)
+    policy = (0.5 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
+    ref = (0.5 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
+    exact = (policy.exp() * (policy - ref)).sum().item()
+    weights = policy.exp().view(1, 1, 50)
+    cfg = replace(CFG, kl=1.0)
+    value, _ = grpo_loss(
+        policy.view(1, 1, 50), policy.view(1, 1, 50), ref.view(1, 1, 50), torch.zeros(1, 1), weights, cfg
+    )
+    assert value.item() == pytest.approx(exact, rel=1e-9)
+
+
+def test_k3_stays_finite_far_from_the_reference():
+    logps = torch.tensor([[[-1.0, -200.0]]], requires_grad=True)
+    ref = torch.tensor([[[-200.0, -1.0]]])
+    cfg = replace(CFG, kl=1.0)
+    loss, stats = grpo_loss(logps, logps.detach(), ref, torch.zeros(1, 1), torch.full((1, 1, 2), 0.5), cfg)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+    assert stats["kl"].item() == 20  # each of the two is capped at 10
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1.0, 1e-7])
+@pytest.mark.parametrize("group", [2, 3, 7, 8])
+def test_equal_rewards_have_advantage_exactly_zero(value, group):
+    rewards = torch.full((2, group), value)
+    for loss in ("token_mean", "dr_grpo"):
+        assert torch.equal(group_advantages(rewards, loss), torch.zeros(2, group))
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    first = [(r - 3) / (math.sqrt(14 / 3) + 1e-6) for r in (1, 2, 3, 6)]
+    second = [(r - 0.25) / (0.5 + 1e-6) for r in (0, 0, 0, 1)]
+    assert group_advantages(rewards).flatten().tolist() == pytest.approx(first + second, abs=1e-12)
+    assert group_advantages(rewards, "dr_grpo")[0].tolist() == [-2.0, -1.0, 0.0, 3.0]
+
+
+def test_groups_do_not_mix():
+    """Shifting or scaling one group's rewards leaves the other's advantages alone."""
+    rewards = torch.rand(2, 5, dtype=torch.float64)
+    changed = torch.stack([rewards[0], 10 * rewards[1] + 3])
+    assert torch.equal(group_advantages(rewards)[0], group_advantages(changed)[0])
+    assert torch.allclose(group_advantages(rewards)[1], group_advantages(changed)[1], atol=1e-4)
+
+
+class NoStep:
+    """An optimizer that only holds the parameters, so that the gradients stay to be looked at."""
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": parameters, "lr": 0.0}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    def step(self) -> None:
+        pass
+
+
+def gradients(policy, batch, roll, advantages, cfg: Config, old) -> list[torch.Tensor]:
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    (rows,) = micro_batches(cfg)
+    passes = [(collate(policy, batch.items[r]), roll.rows(r), advantages[r], old[r]) for r in rows]
+    update_policy(policy, NoStep(trained), passes, cfg)
+    return [p.grad.clone() for p in trained]
+
+
+@pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+def test_micro_batch_size_does_not_change_the_gradient(loss, kl):
+    """4 prompts in passes of 4, 2 and 1, one group of them without variance; ratios away from 1."""
+    policy = with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    batch = collate(policy, prompts(policy, 4))
+    roll = rollout(policy, batch, 3, 10, torch.Generator().manual_seed(0))
+    rewards = torch.rand(4, 3)
+    rewards[2] = 0.5
+    advantages = group_advantages(rewards)
+    old = token_logps(policy, batch, roll.tokens, roll.mask).detach() + 0.1 * torch.randn(roll.mask.shape)
+    cfg = replace(CFG, loss=loss, kl=kl, max_grad_norm=1e9)
+    whole = gradients(policy, batch, roll, advantages, replace(cfg, micro_batch=4), old)
+    assert max(g.abs().max() for g in whole) > 1e-4
+    for size in (2, 1):
+        parts = gradients(policy, batch, roll, advantages, replace(cfg, micro_batch=size), old)
+        for ours, theirs in zip(parts, whole, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_updates_split_a_rollout_and_micro_batches_split_an_update():
+    cfg = replace(CFG, prompts=12, updates=3, micro_batch=3)
+    rows = [[list(range(12))[r] for r in share] for share in micro_batches(cfg)]
+    assert rows == [[[0, 1, 2], [3]], [[4, 5, 6], [7]], [[8, 9, 10], [11]]]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    policy = with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    batch = collate(policy, prompts(policy, 2))
+    roll = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    before = [p.detach().clone() for p in trained]
+    bad = torch.tensor([[float("inf"), 1.0], [0.0, 1.0]])
+    stats = update_policy(policy, optimizer, [(batch, roll, bad, None)], CFG)
+    assert stats["skipped"] == 1
+    assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+    good = update_policy(
+        policy, optimizer, [(batch, roll, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), None)], CFG
+    )
+    assert good["skipped"] == 0
+    assert not all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+
+
+def test_learning_rate_moves_in_the_first_step_and_never_after_the_last():
+    cfg = replace(CFG, steps=100, warmup=0.1, lr=1.0, decay="linear")
+    rates = [learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] and all(a >= b for a, b in pairwise(rates[9:]))
+    assert 0 < rates[-1] < 0.02
+    constant = replace(cfg, decay="constant")
+    assert [learning_rate(step, constant) for step in (0, 9, 50, 99)] == [pytest.approx(0.1), 1, 1, 1]
+
+
+def test_one_step_raises_the_probability_of_the_better_answer():
+    policy = with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    batch = collate(policy, prompts(policy, 1))
+    roll = rollout(policy, batch, 4, 8, torch.Generator().manual_seed(0))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    before = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
+    update_policy(policy, optimizer, [(batch, roll, advantages, None)], replace(CFG, kl=0.0))
+    after = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
+    assert after[0] > before[0] and (after[1:] < before[1:]).all()

@@ -1,0 +1,208 @@
+"""The builder of the embedded model: its tokenizer, its short cuts against the long way, and its resuming."""
+
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from models import make_policy
+from policy import collate
+from prompts import FAMILIES, Tools, encode
+from tiny import architecture, scenes
+from tiny import build as tiny_build
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return architecture.build_tokenizer()
+
+
+@pytest.fixture
+def build(tmp_path):
+    """An untrained build on the CPU with three examples that are all in sight."""
+    build = tiny_build.Build(tmp_path / "model", 1.0, 0)
+    build.model.cpu()
+    build.heads.cpu()
+    rng = random.Random("examples")
+    build.examples, build.pictures = [], []
+    for _ in range(3):
+        scene, image = tiny_build.random_scene(rng, 3, suppressed=0.0)
+        shown = [(scene, thing) for thing in rng.choices(scene.things, k=2)]
+        crops = [tiny_build.random_crop(rng, *pair) for pair in shown]
+        with torch.no_grad():
+            tokens = tiny_build.look(build.model.model.visual, [image])[0]
+            crop_tokens = tiny_build.look(build.model.model.visual, crops)
+        build.examples.append((scene, tokens, list(zip(shown, crop_tokens))))
+        build.pictures.append((image, crops))
+    return build
+
+
+def test_any_text_survives_and_none_becomes_a_special_token(tokenizer):
+    rng = random.Random("texts")
+    plain = "az Z09\n\t\r<>|[], .é„😀"
+    anywhere = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    texts = ["".join(rng.choices(plain, k=10) + rng.choices(anywhere, k=10)) for _ in range(50)]
+    texts += ["".join(rng.choices([*plain, *anywhere[:3000]], k=20)) for _ in range(50)]
+    texts += [
+        "",
+        " ",
+        "[12, 345, 67, 890]",
+        "[-1.5,2 ,  3]",
+        "<think> red star</think><answer> star</answer>",
+    ]
+    texts += ["<|im_stop|>", "endoftext", "<pad>", "Find Image 2 in Image 1."]
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert not set(ids) & set(tokenizer.all_special_ids), text
+
+
+def test_tags_words_and_digits_are_single_tokens(tokenizer):
+    words = [f" {word}" for word in (*scenes.COLORS, *scenes.SHAPES, "top", "bottom", "left", "right")]
+    for piece in ("<think>", "</think>", "<answer>", "</answer>", *words):
+        assert len(tokenizer(piece).input_ids) == 1, piece
+    assert len(tokenizer("0123456789").input_ids) == 10
+    assert len(tokenizer("[12, 345]").input_ids) == len(["[", "1", "2", ", ", "3", "4", "5", "]"])
+    assert len(set(tokenizer(words).input_ids[i][0] for i in range(len(words)))) == len(words)
+
+
+def test_look_is_image_processor_and_vision_tower(build):
+    visual, processor = build.model.model.visual, architecture.build_image_processor()
+    for pictures in ([image for image, _ in build.pictures], build.pictures[0][1]):
+        seen = processor(pictures, return_tensors="pt")
+        with torch.no_grad():
+            theirs = visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
+            ours = tiny_build.look(visual, pictures).flatten(0, 1)
+        assert (theirs - ours).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("turns_of", [(16, tiny_build.WORDS_FIRST), (8, tiny_build.FINDING, 1 / 3)])
+@torch.no_grad()
+def test_a_turn_in_a_row_is_the_same_turn_alone(build, turns_of, monkeypatch):
+    """Positions and loss of the packed turns, against data.encode and the whole model turn by turn."""
+    turns, given, draw_turn = [], {}, tiny_build.draw_turn
+
+    def remembered(rng, example, *rest):
+        turns.append((build.examples.index(example), *draw_turn(rng, example, *rest)))
+        return turns[-1][1:]
+
+    monkeypatch.setattr(tiny_build, "draw_turn", remembered)
+    with build.model.register_forward_pre_hook(lambda *call: given.update(call[2]), with_kwargs=True):
+        loss, _ = build.turns_loss(random.Random("turns"), *turns_of)
+    assert {len(images) for *_, images in turns} == {1, 2}
+    tools = Tools(build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>")
+    policy = make_policy(build.model, tools, torch.device("cpu"))
+    total, count = 0.0, 0
+    for i, (index, text, images) in enumerate(turns):
+        image, crops = build.pictures[index]
+        shown = [id(tokens) for _, tokens in build.examples[index][2]]
+        crop = crops[shown.index(id(images[1]))] if len(images) == 2 else None
+        asked, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
+        item = encode(tools, asked.rpartition("<|vision_end|>")[2], image, crop=crop)
+        ids = torch.cat([item.ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
+        assert ids.tolist() == build.tokenizer(text).input_ids
+        P, T = len(item.ids), len(ids) - len(item.ids)
+        seen = {"pixel_values": torch.cat([p.pixels for p in item.pictures])}
+        seen |= {"image_grid_thw": torch.stack([p.grid for p in item.pictures])}
+        kinds = F.pad(item.kinds, (0, T))
+        logits = build.model(input_ids=ids[None], mm_token_type_ids=kinds[None], **seen).logits[0, P - 1 : -1]
+        total += F.cross_entropy(logits, ids[P:], reduction="sum").item()
+        count += T
+        batch = collate(policy, [item])
+        after = (batch.start + torch.arange(T)).expand(3, -1)
+        places = torch.cat([batch.positions[:, 0], after], 1)  # [3, P + T]
+        if i % tiny_build.TURNS == 0:
+            column = 0
+        else:
+            places = places[:, len(build.tokenizer(tiny_build.SCENE).input_ids) :]
+        row = given["position_ids"][:, i // tiny_build.TURNS]
+        assert torch.equal(row[:, column : column + places.shape[1]], places)
+        column += places.shape[1]
+    assert abs(loss.item() - total / count) < 1e-4
+
+
+def test_of_two_centres_in_a_cell_the_nearer_counts(build, monkeypatch):
+    """A box of the thing that loses its cell changes nothing but the picture, which is held fixed here."""
+    near, far = scenes.Thing("red", "star", (8, 8, 24, 24)), scenes.Thing("blue", "ring", (24, 24, 38, 38))
+    image = scenes.render(scenes.Scene([near, far], (40, 40, 40)))
+    monkeypatch.setattr(tiny_build, "random_crop", lambda rng, scene, thing: image.crop((0, 0, 64, 64)))
+    losses = []
+    for things in ([near, far], [far, near], [near]):
+        scene = scenes.Scene(things, (40, 40, 40))
+        monkeypatch.setattr(
+            tiny_build, "random_scene", lambda rng, count, suppressed, scene=scene: (scene, image)
+        )
+        first = SimpleNamespace(choice=lambda _: near, random=lambda: 0.5, randint=lambda *_: 3)
+        losses.append(build.vision_loss(first)[0].item())
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_queries_start_as_copies_of_the_keys_once(build, monkeypatch):
+    monkeypatch.setattr(tiny_build, "EXAMPLES", 100)
+    attention = build.model.model.language_model.layers[1].self_attn
+    build.start_language()
+    build.draw_examples((1, 1, 2))
+    assert len(build.examples) == 100 and {len(scene.things) for scene, *_ in build.examples} == {1, 2}
+    assert [t.shape for t in (build.examples[0][1], build.examples[0][2][1][1])] == [(36, 128), (4, 128)]
+    queries, keys = attention.q_proj.weight.view(4, 32, 128), attention.k_proj.weight.view(2, 32, 128)
+    for head in range(4):
+        assert torch.equal(queries[head], keys[head // 2])
+    with torch.no_grad():
+        attention.q_proj.weight.zero_()
+    build.state["steps"]["language"] = 1
+    build.start_language()
+    assert not attention.q_proj.weight.any()
+
+
+def test_an_interrupted_stage_goes_on_from_its_last_minute(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 25))  # every look at it costs 25 seconds
+    monkeypatch.setattr(tiny_build, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(tiny_build, "STAGES", {"vision": 38, "language": 60, "two images": 2})
+    keys = []
+
+    def start(until):
+        build = tiny_build.Build(tmp_path / "model", 20.0, 0)
+
+        def loss_of(rng, done):
+            keys.append(rng.random())
+            if len(keys) > until:
+                raise KeyboardInterrupt
+            return sum((p**2).sum() for p in build.heads.parameters()), {}
+
+        build.train("vision", 1e-3, list(build.heads.parameters()), loss_of)
+        return build
+
+    with pytest.raises(KeyboardInterrupt):
+        start(until=6)  # at 25 seconds a step, the second minute is over after five
+    state = torch.load(tmp_path / "model-build" / "state.pt", weights_only=True)
+    assert set(state) == {"stage", "spent", "steps", "model", "heads", "optimizer"}
+    assert state["stage"] == "vision" and state["steps"]["vision"] == 5 and state["spent"]["vision"] == 125
+    assert torch.equal(
+        tiny_build.Build(tmp_path / "model", 20.0, 0).heads["digits"].weight, state["heads"]["digits.weight"]
+    )
+    build = start(until=1000)
+    drawn = [random.Random(f"pretraining/0/vision/{i}").random() for i in range(19)]
+    assert keys == drawn[:7] + drawn[5:]
+    assert build.state["steps"] == {"vision": 19, "language": 0, "two images": 0}
+    assert all(s["step"] == 19 for s in build.state["optimizer"]["state"].values())
+
+
+def test_a_small_build_is_an_ordinary_folder_and_needs_no_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_build, "EXAMPLES", 100)
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(tmp_path / "model"), "--minutes", "0.05"])
+    tiny_build.main()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert model.config.locus_family == "tiny" and not model.generation_config.do_sample
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    steps = torch.load(tmp_path / "model-build" / "state.pt", weights_only=True)["steps"]
+    assert min(steps.values()) >= 1 and model.config.locus_build["steps"] == steps
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == architecture.CHAT_TEMPLATE
+    assert AutoImageProcessor.from_pretrained(tmp_path / "model").merge_size == 2
+    tiny_build.main()
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())

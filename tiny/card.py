@@ -1,0 +1,50 @@
+"""The model card of the embedded model: its visual context rot, measured (`python eval.py scenes --card`)."""
+
+import json
+from pathlib import Path
+
+from data import CueConfig, SceneCues, UserError
+from evaluation.heldout import baselines, evaluate, held_out
+from policy import Policy
+
+CARD_SCENES = {  # row of the card: things in a scene, is the evidence alone in its cells
+    "1 thing": ((1, 1), False),
+    "2–3 things": ((2, 3), False),
+    "4–8 things": ((4, 8), False),
+    "12–16 things": ((12, 16), False),
+    "16 things": ((16, 16), False),
+    "16 things, evidence alone in its image tokens": ((16, 16), True),
+}
+
+
+def card(policy: Policy, folder: Path, n: int) -> None:
+    """Visual context rot of the embedded model, measured and written into its model card."""
+    readme = folder / "README.md"
+    if "<!-- /measured -->" not in (text := readme.read_text(encoding="utf-8") if readme.is_file() else ""):
+        raise UserError(f"{readme} has no place for figures: give it <!-- measured --><!-- /measured -->.")
+    columns = ["scenes", "attributes", "suppressed", "places", "suppressed"]
+    columns += ["find by text, IoU", "cue search, IoU"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * 7 + "|"]
+    measured, longest = {}, policy.tools.family.max_new_tokens
+    for name, (things, alone) in CARD_SCENES.items():
+        cues = SceneCues(CueConfig(), "heldout", 1, things)
+        held = held_out(policy, cues, n, alone=alone)
+        scores = evaluate(policy, held, longest, name)
+        named = baselines(policy, held, longest)["crop_named_right"]
+        s = measured[name] = scores.summary | {"crop_named_right": named}
+        kinds, black = s["questions"]["by_kind"], s["suppressed"]["by_kind"]
+        shown = (kinds["attribute"], black["attribute"], kinds["place"], black["place"])
+        shown += () if alone else (s["find"]["mean_iou"], s["cue"]["mean_iou"])  # of all things alike
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |" + " – |" * (2 * alone)
+        )
+        print(lines[-1])
+    named = measured["4–8 things"]["crop_named_right"]
+    lines.append(
+        f"\nCrops named right (4–8 things): {100 * named:.1f} %. Every cell: n = {n:,}; held-out scenes."
+    )
+    (folder / "card.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    head, start, rest = text.partition("<!-- measured -->")
+    tail = rest.partition("<!-- /measured -->")[2]
+    body = "\n".join(["", *lines, "<!-- /measured -->"])
+    readme.write_text(head + start + body + tail, encoding="utf-8")

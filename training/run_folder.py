@@ -1,0 +1,258 @@
+"""A run folder that survives: stopped at whatever moment, `--resume` goes on as if it had not been.
+
+config.json         every setting, written before anything else
+answers.jsonl       what the base model answered, later the trained one, as soon as it did (journal.py)
+metrics.jsonl       a line a step
+checkpoints/step-N  adapter and optimizer after N steps; the last two
+adapter, results.json, pictures: at the end
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from shutil import which
+from typing import Any, TextIO
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from data import UserError
+
+
+class Stopped(Exception):
+    """The user stopped a run; what it has done is in its folder."""
+
+
+# ---------------------------------------------------------------- files that are whole or not there
+
+
+def sync(path: Path) -> None:
+    """A file or a folder's list of names onto the disk, in case the power fails. Windows has no such call."""
+    if os.name != "nt":
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A JSON file that is the old one until it is the whole new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of the files that hold tensors."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    return {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+
+
+def save_adapter(
+    model: peft.PeftModel, folder: Path, optimizer: Any = None, state: dict | None = None
+) -> None:
+    """An adapter folder in PEFT's format, of a checkpoint with what training needs; whole or not there.
+
+    UserError where it cannot be written, on a full disk above all; what was there before stays.
+    """
+    new = folder.with_name(f"{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+        new.mkdir(parents=True)
+        model.save_pretrained(new)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+            state = state | checksums(new)
+            (new / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for path in (*new.iterdir(), new):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+        sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        why = str(error).splitlines()[0]
+        raise UserError(f"{folder} cannot be written ({why}): make room, then go on with --resume.") from None
+
+
+# ---------------------------------------------------------------- a run
+
+
+def new_folder(out: Path | None) -> Path:
+    """The run folder that was asked for, if it holds no run yet, or a new one under runs/."""
+    out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if any((out / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
+        raise UserError(
+            f"--out {out} already holds a run: go on with --resume {out}, or give another folder."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another folder.") from None
+    return out
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """One process at a time in a run folder; the lock goes with the process, however that ends."""
+    if os.name == "nt":  # which has no flock
+        yield
+        return
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is at work in {folder}: stop it, or wait for it.") from None
+        yield
+
+
+def read_config(folder: Path, names: list[str]) -> dict[str, Any]:
+    """What a run wrote before anything else: its settings by name, their origin, what it works on."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config | {name: config[name] for name in (*names, "origin", "weights")}
+    except OSError:
+        raise UserError(f"--resume {folder} holds no config.json: give the folder of a run.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of a run of this program ({error!r}): begin a new run.") from None
+
+
+def refuse_difference(where: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """UserError for the first setting in which a run and what it is to go on with differ."""
+    for name in wanted:
+        if str(found.get(name)) != str(wanted[name]):
+            raise UserError(
+                f"{where} was begun with {name} {found.get(name)}, not {wanted[name]}: resume it with the "
+                "same, or begin a new run."
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of a model, from 64 numbers of each of its weights."""
+    crc = 0
+    for weight in (p.detach().flatten() for p in model.parameters()):
+        some = weight[:: max(1, len(weight) // 64)].contiguous().view(torch.uint8)
+        crc = zlib.crc32(some.cpu().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def versions() -> dict[str, str]:
+    """What one needs to know to run this again."""
+    git = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if which("git") else ""
+    modules = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+    return modules | {"python": platform.python_version(), "commit": commit or "unknown"}
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: Any, state: dict) -> None:
+    """Adapter and optimizer after `step` steps of the run `state` describes; the last two are kept."""
+    save_adapter(model, folder / "checkpoints" / f"step-{step:06}", optimizer, state | {"step": step})
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != ".new")
+
+
+def last_step(folder: Path, state: dict) -> int:
+    """The step of a run's last checkpoint, 0 without one; UserError if it is of another run than `state`."""
+    if not (found := checkpoints(folder)):
+        return 0
+    try:
+        saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        refuse_difference(found[-1], saved, state)
+        return int(saved["step"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{found[-1]} is damaged ({error!r}): delete it to go on from the one before."
+        ) from None
+
+
+def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: dict) -> int:
+    """The last checkpoint into model and optimizer; returns its step, 0 where there is none yet."""
+    for torn in folder.glob("checkpoints/*.new"):  # by a kill
+        shutil.rmtree(torn, ignore_errors=True)
+    if not (step := last_step(folder, state)):
+        return 0
+    last, device = checkpoints(folder)[-1], next(model.parameters()).device
+    try:
+        saved = json.loads((last / "state.json").read_text(encoding="utf-8"))
+        if bad := [name for name, crc in checksums(last).items() if saved[name] != crc]:
+            raise ValueError(f"{bad[0]} is not as it was written")
+        peft.set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors", str(device)))
+        moments = torch.load(last / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(moments)
+        return step
+    except torch.OutOfMemoryError:
+        raise
+    except (FileNotFoundError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{last} is damaged ({why}): delete it to go on from the one before.") from None
+
+
+def open_metrics(folder: Path, steps: int) -> tuple[TextIO, list[dict]]:
+    """metrics.jsonl to go on with after `steps` steps, and their lines.
+
+    What was done after the last checkpoint is done again, and a kill can have torn the last line.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() else []
+    try:
+        known = [json.loads(line) for line in lines]
+        whole = [row["step"] for row in known] == list(range(steps))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} lacks some of the {steps} steps of the last checkpoint: begin a new run.")
+    new = path.with_name("metrics.jsonl.new")
+    new.write_bytes(b"".join(lines))
+    sync(new)
+    new.replace(path)
+    return path.open("a", encoding="utf-8"), known
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A SIGTERM as what Ctrl-C is."""
+    raise KeyboardInterrupt
+
+
+class Interruption:
+    """Inside, Ctrl-C or SIGTERM is only noted, so that a step can be finished; a second one stops at once."""
+
+    def __enter__(self) -> "Interruption":
+        self.asked = False
+        self.usual = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        print("\nThe step will be finished and saved; once more stops at once.", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
