@@ -5,10 +5,8 @@ window's box. Cues come from COCO boxes, from any folder of images, or from the 
 
     python data.py show [--data scenes|coco|DIR] [--source object|random|large|text] [--out cues.png]
     python data.py fetch DIR --annotations FILE --limit N     only the COCO images that the first N cues use
-    python data.py export DIR --format easyr1|trl             the cues as files for other engines
 """
 
-import argparse
 import json
 import random
 import sys
@@ -20,12 +18,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from files import fetch
-from files.pictures import NARROWEST, LeftOut, Photos, UserError, index_coco, open_folder, read
+from files import download
+from files.coco import index_coco, read
+from files.errors import FlagParser, UserError, exit_on_error
+from files.pictures import NARROWEST, LeftOut, Photos, open_folder
 from prompts import Encoded, Tools, encode, prompt_text
-from scale.command import add_export, export
+from reward import Box
 from tiny import scenes
-from tiny.scenes import Box, Scene
+from tiny.scenes import Scene
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
 
@@ -255,43 +255,42 @@ def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: P
     """Download what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
     if min(limit, heldout) < 1:
         raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
-    wanted = fetch.begin(files["images"], files["annotations"])
-    cues = open_cues("coco", "train", seed, cfg, photos=wanted, **files)
-    unseen = open_cues("coco", "heldout", 0, CueConfig(), photos=wanted, **files)
-    fetch.fetch(wanted, lambda: [part[i] for part, n in ((cues, limit), (unseen, heldout)) for i in range(n)])
+    downloads = download.open_downloads(files["images"], files["annotations"])
+    cues = open_cues("coco", "train", seed, cfg, photos=downloads, **files)
+    unseen = open_cues("coco", "heldout", 0, CueConfig(), photos=downloads, **files)
+    parts = ((cues, limit), (unseen, heldout))
+    download.download_images(downloads, lambda: [part[i] for part, n in parts for i in range(n)])
     flags = files | {"source": cfg.source, "tiny-ratio": cfg.tiny_ratio, "seed": seed}
-    print(fetch.how_to_go_on(wanted, limit, heldout, flags))
+    print(download.training_command(downloads, limit, heldout, flags))
+
+
+def cue_flags() -> FlagParser:
+    """The flags of which cues are drawn, as a parent of each command that draws some."""
+    parser = FlagParser(add_help=False)
+    for name in ("annotations", "exclude", "expressions"):
+        parser.add_argument(f"--{name}", type=Path, help="of COCO")
+    parser.add_argument("--source", choices=SOURCES, default="object")
+    parser.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def main() -> None:
-    common = argparse.ArgumentParser(add_help=False)
-    for name in ("annotations", "exclude", "expressions"):
-        common.add_argument(f"--{name}", type=Path, help="of COCO")
-    common.add_argument("--source", choices=SOURCES, default="object")
-    common.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
-    common.add_argument("--seed", type=int, default=0)
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = FlagParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", parents=[common], help="a sheet of cues")
+    show = commands.add_parser("show", parents=[cue_flags()], help="a sheet of cues")
     show.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
     show.add_argument("--images", type=Path, help="of COCO")
     show.add_argument("--n", type=int, default=12, help="how many")
     show.add_argument("--out", type=Path, default=Path("cues.png"))
-    get = commands.add_parser("fetch", parents=[common], help="download only what the first COCO cues use")
+    get = commands.add_parser("fetch", parents=[cue_flags()], help="download only what the first cues use")
     get.add_argument("images", metavar="DIR", type=Path, help="where to; what is there is kept")
     get.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
     get.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
-    add_export(commands, common)
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
-    try:
-        {"show": show_sheet, "fetch": fetch_images, "export": export}[command](cfg, **args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    with exit_on_error():
+        {"show": show_sheet, "fetch": fetch_images}[command](cfg, **args)
 
 
 if __name__ == "__main__":

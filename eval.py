@@ -1,8 +1,8 @@
 """Before and after: what a model finds, answers and looks at, on pictures that it was not trained on.
 
-    python eval.py scenes [--adapter runs/NAME/adapter] [--card]     every table, on the embedded world
+    python eval.py scenes [--adapter runs/NAME/adapter]              every table, on the embedded world
     python eval.py cues --data coco --annotations FILE --images DIR  cue search on held-out photos
-    python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (benchmarks.py)
+    python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (evaluation/)
     python eval.py ask IMAGE QUESTION [--adapter …]                  both answers, and where each model looks
 
 With an adapter, base and adapted model answer the same prompts in one load: the adapter is off, then on. What
@@ -10,7 +10,6 @@ was answered stands in answers.jsonl, batch by batch, so a run that was killed g
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable
@@ -18,9 +17,57 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
+from training.settings import FRAMES, SOURCES
+
+
+def read_flags() -> argparse.Namespace:
+    """What the command line asks for; UserError for a value or a combination that makes no sense."""
+    from evaluation.benchmarks import BENCHMARKS
+
+    parser, tasks = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
+    parser.add_argument("task", choices=tasks, metavar="TASK", help=", ".join(tasks))
+    parser.add_argument("image", type=Path, nargs="?", help="of ask")
+    parser.add_argument("question", nargs="?", help="of ask")
+    parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
+    parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
+    four = "default where CUDA is"
+    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help=four)
+    parser.add_argument("--box-frame", choices=FRAMES, help="of the model's boxes")
+    parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
+    for name in ("annotations", "images", "exclude"):
+        parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
+    parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
+    parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
+    seed = "of the held-out scenes; training measures on 0's"
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
+    parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
+    args = parser.parse_args()
+    for name in ("n", "max_new_tokens", "batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
+    if args.task == "ask" and args.question is None:
+        raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
+    if args.task not in ("scenes", "ask") and args.data is None:
+        raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
+    require_file("The picture", args.image)
+    for name in ("adapter", "annotations", "images", "exclude"):
+        require_file(f"--{name}", getattr(args, name), folder=name in ("adapter", "images"))
+    if args.data not in ("coco", "scenes", None):
+        require_file("--data", Path(args.data))
+    model_folder(args.model)
+    return args
+
+
+if __name__ == "__main__":  # --help, a wrong flag and a missing file answer before torch takes its seconds
+    with exit_on_error():
+        read_flags()
+
 import torch
 
-from data import SOURCES, CueConfig, SceneCues, UserError, open_cues
+from data import CueConfig, SceneCues, open_cues
 from evaluation.attention import (
     BANDS,
     add_grounding,
@@ -30,13 +77,13 @@ from evaluation.attention import (
     box_ious,
     look,
 )
-from evaluation.benchmarks import BENCHMARKS, Sample, aggregate, judge, read_samples
-from evaluation.heldout import ROWS, Made, Scores, baselines, compare, evaluate, held_out, paired, table
-from evaluation.journal import Run, open_run
+from evaluation.heldout import Made, baselines, evaluate, held_out
+from evaluation.scores import ROWS, Scores, compare, paired, table
+from evaluation.session import Run, open_run
+from files.disk import write_json
 from files.pictures import Unfit, load_image
-from models import load_adapter, load_policy, model_folder
+from models import load_adapter, load_policy
 from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
-from tiny.card import card
 from tiny.scenes import Question, keep_only, render
 from training.pictures import draw_cues, draw_looking
 
@@ -122,8 +169,8 @@ def cues_task(run: Run) -> dict[str, Any]:
     return finish(run, scored, results)
 
 
-def benchmark_prompt(sample: Sample, tools: Tools, think: bool = False, suppressed: bool = False) -> Encoded:
-    """A benchmark's question; suppressed: with everything but the evidence black (Table 1)."""
+def benchmark_prompt(sample: Any, tools: Tools, think: bool = False, suppressed: bool = False) -> Encoded:
+    """The prompt of a benchmark's Sample; suppressed: with everything but the evidence black (Table 1)."""
     images = [keep_only(im, *sample.boxes) if suppressed else im for im in sample.images()]
     if sample.kind == "box":
         return encode(tools, prompt_text(tools.family, "text", think, text=sample.question), *images)
@@ -135,6 +182,8 @@ def benchmark_prompt(sample: Sample, tools: Tools, think: bool = False, suppress
 
 def benchmark_task(run: Run) -> dict[str, Any]:
     """A published benchmark, by the same prompts before and after, with and without the think instruction."""
+    from evaluation.benchmarks import BENCHMARKS, read_samples
+
     task, samples = run.args.task, list(read_samples(run.args.task, Path(run.args.data)))
     if run.args.n is not None and run.args.n < len(samples):  # of all parts of the file alike
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), run.args.n))]
@@ -160,8 +209,10 @@ def benchmark_task(run: Run) -> dict[str, Any]:
     return finish(run, scored, results)
 
 
-def add_judged(scores: Scores, name: str, task: str, samples: list[Sample], said: list) -> None:
+def add_judged(scores: Scores, name: str, task: str, samples: list, said: list) -> None:
     """Judged replies into a model's scores; where memory ran out is an error, not a wrong answer."""
+    from evaluation.benchmarks import BENCHMARKS, aggregate, judge
+
     rows = []
     for sample, (text, frame) in zip(samples, said, strict=True):
         about = {"fields": sample.fields, "answer": sample.answer}
@@ -173,7 +224,7 @@ def add_judged(scores: Scores, name: str, task: str, samples: list[Sample], said
     scores.summary[name] = (aggregate(task, there) if there else {}) | {"errors": len(rows) - len(there)}
 
 
-def add_evidence(run: Run, side: str, samples: list[Sample], scored: list[Scores]) -> None:
+def add_evidence(run: Run, side: str, samples: list, scored: list[Scores]) -> None:
     """Where a benchmark has the boxes of its evidence: suppression, attention, grounding of one object."""
     scores, tools, shown = scored[-1], run.tools, [sample for sample in samples if sample.boxes]
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
@@ -209,63 +260,20 @@ def ask_task(run: Run) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- command line
 
-TASKS: dict[str, Callable[[Run], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
-TASKS |= dict.fromkeys(BENCHMARKS, benchmark_task)
-
-
-def read_flags() -> argparse.Namespace:
-    ways = dict(formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=__doc__, **ways)
-    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("image", type=Path, nargs="?", help="of ask")
-    parser.add_argument("question", nargs="?", help="of ask")
-    parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
-    parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
-    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default where CUDA is")
-    parser.add_argument("--box-frame", choices=("resized", "relative1000"), help="of the model's boxes")
-    parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
-    for name in ("annotations", "images", "exclude"):
-        parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
-    parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
-    parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the held-out scenes; training measures on 0's"
-    )
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
-    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
-    parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
-    parser.add_argument("--card", action="store_true", help="measure the embedded model and write its card")
-    return parser.parse_args()
-
 
 def run_task(args: argparse.Namespace) -> None:
-    for name in ("n", "max_new_tokens", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
-    if args.task == "ask" and args.question is None:
-        raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
-    if args.task not in ("scenes", "ask") and args.data is None:
-        raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
+    tasks: dict[str, Callable[[Run], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
-    if args.card:
-        card(policy, Path(model_folder(args.model)), args.n or 1000)
-        return
     run = open_run(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
-    results = TASKS[args.task](run)
-    (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = tasks.get(args.task, benchmark_task)(run)
+    write_json(run.folder / "results.json", results)
     print(f"results are in {run.folder}")
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a Windows file of old has no ≥
-    try:
+    with exit_on_error():
         run_task(read_flags())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

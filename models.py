@@ -1,5 +1,6 @@
 """From a name to a policy: a model loaded, in 4 bit where asked, its family recognised, an adapter added."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,22 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files.pictures import UserError
+from files.errors import UserError, model_folder
 from policy import Policy
 from prompts import FAMILIES, Family, Tools, opening
 
+# PEFT asks transformers for gradient checkpointing by a name that transformers 5 renames.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+
 MIMO_WORDS = 151_680  # size of MiMo-VL's vocabulary, by which a renamed folder is recognised
-
-
-def model_folder(name: str) -> str:
-    """A model folder, `tiny` beside this file, or a hub id as it is; UserError for anything else."""
-    beside = Path(__file__).resolve().parent / "tiny" / "model"
-    for folder in (beside if name == "tiny" else Path(name),):
-        if folder.is_dir():
-            return str(folder)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"--model {name} is no folder: give tiny, a model folder or an id like Qwen/NAME.")
-    return name
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:

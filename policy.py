@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from files.pictures import UserError
+from files.errors import UserError
 from prompts import Encoded, Tools
 
 LOGITS = 2**24  # numbers held at a time where answers are scored: 67 MB in float32

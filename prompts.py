@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from tiny.scenes import Box
+from reward import Box
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from evaluation.heldout import Scores, mean
 from evaluation.replies import box_of
+from evaluation.scores import Scores, mean
 from policy import Policy, collate, group_mask, run_text
 from prompts import BoxFrame, Encoded, Tools
-from reward import iou
-from tiny.scenes import Box
+from reward import Box, iou
 
 BANDS = ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")  # Fig. 2's
 

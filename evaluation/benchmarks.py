@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 from PIL import Image
 
 from evaluation.replies import box_of, choice_of, contains, parts, yes_no
-from files.pictures import FORMATS, UserError
-from prompts import BoxFrame
-from reward import iou
-from tiny.scenes import Box
+from evaluation.scores import mean
+from files.errors import UserError
+from files.pictures import FORMATS
+from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial pictures over Pillow's limit
 
@@ -214,10 +214,10 @@ def pictures(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[Ima
     return out
 
 
-def judge(sample: Sample, reply: str, frame: BoxFrame | None = None) -> dict:
+def judge(sample: Sample, reply: str, frame: Any = None) -> dict:
     """{"prediction": str or None, "parsed": bool, "right": 0.0 or 1.0}, and for a box its "iou".
 
-    frame: of the image that was shown, where a reply's box is not in its pixels.
+    frame: the BoxFrame of the image that was shown, where a reply's box is not in its pixels.
     """
     extra, expected = {}, sample.answer
     if sample.kind == "box":
@@ -255,8 +255,8 @@ def groups(rows: list[dict], column: str) -> dict[str, list[dict]]:
 def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
     """Share of right answers in points of 100; `over` columns, the mean of the groups' own."""
     if not over:
-        return 100 * fmean(row["right"] for row in rows)
-    return fmean(accuracy(group, over[1:]) for group in groups(rows, over[0]).values())
+        return 100 * mean(row["right"] for row in rows)
+    return mean(accuracy(group, over[1:]) for group in groups(rows, over[0]).values())
 
 
 def pope(rows: list[dict]) -> dict[str, float]:
@@ -280,8 +280,8 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
         for row in rows:
             ids = row["fields"]["index"].split("_")
             whole[row["fields"].get("l2-category"), ids[3], ids[place]].append(row["right"])
-        out[name] = 100 * fmean(min(right) for right in whole.values())
-    return out | {"score": out["aAcc"], "mean": fmean(out.values())}
+        out[name] = 100 * mean(min(right) for right in whole.values())
+    return out | {"score": out["aAcc"], "mean": mean(out.values())}
 
 
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
@@ -293,8 +293,8 @@ def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
         raise UserError(f"{name} has no answered sample to score: give its file.")
     over = BENCHMARKS[name].over
     out = {"score": accuracy(rows, over), "count": sum(row["right"] for row in rows), "n": len(rows)}
-    out["parse_rate"] = fmean(row["parsed"] for row in rows)
-    out |= {"mean_iou": 100 * fmean(row["iou"] for row in rows)} if "iou" in rows[0] else {}
+    out["parse_rate"] = mean(row["parsed"] for row in rows)
+    out |= {"mean_iou": 100 * mean(row["iou"] for row in rows)} if "iou" in rows[0] else {}
     for column in ("category", "l2-category", *over):
         out |= {key: accuracy(group, over) for key, group in groups(rows, column).items()}
     return out | {"pope": pope, "hallusionbench": hallusion}.get(name, lambda _: {})(rows)

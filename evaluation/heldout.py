@@ -8,18 +8,17 @@ asked a second time with everything but their evidence blacked out (context supp
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
-from policy import Policy, collate, rollout, see, texts
+from evaluation.reply_cache import at_a_time, recall
+from evaluation.scores import Scores, mean
+from policy import Policy, see
 from prompts import BoxFrame, Encoded, encode, prompt_text
 from reward import Box, answer_of, format_reward, iou, parse_box
 from tiny import scenes
@@ -138,86 +137,7 @@ def question_summary(right: list[float | None], asked: list[tuple[Scene, Questio
     return {"accuracy": mean(right), "n": len(right)} | by
 
 
-def mean(values: Iterable[float | None]) -> float:
-    """The mean of the values that are there; 0 of none."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else 0.0
-
-
-def paired(before: list[float | None], after: list[float | None], groups: list | None = None) -> dict:
-    """Mean change of the same samples, where both are there, and its standard error.
-
-    groups: a key for each sample; those of one group (a question asked in four orders) are not independent.
-    """
-    triples = zip(before, after, groups or range(len(before)), strict=True)
-    there = [(b - a, group) for a, b, group in triples if a is not None and b is not None]
-    middle, sums = mean(change for change, _ in there), defaultdict(float)
-    for change, group in there:
-        sums[group] += change - middle
-    variance = sum(v**2 for v in sums.values()) * len(sums) / max(1, len(sums) - 1)
-    return {"change": middle, "standard_error": math.sqrt(variance) / max(1, len(there)), "n": len(there)}
-
-
 # ---------------------------------------------------------------- a model on the held-out set
-
-
-def at_a_time(policy: Policy) -> int:
-    """Prompts in a batch of answers: full images of a large model fill a GPU soon."""
-    return 4 if policy.device.type == "cuda" else 128
-
-
-def answers(
-    policy: Policy, items: Iterable[Encoded], max_new_tokens: int, batch: int | None = None
-) -> Iterator[tuple[str | None, BoxFrame]]:
-    """Greedy answers in the order of the prompts, by the rollout's own loop; None where memory ran out.
-
-    What does not fit as a batch is asked one by one, so only a prompt that is too large by itself is lost.
-    With each answer comes the frame of the boxes in it.
-    """
-    items = iter(items)
-    while chunk := list(islice(items, batch or at_a_time(policy))):
-        said = None
-        with suppress(torch.OutOfMemoryError):  # inside an except block it would hold what did not fit
-            said = texts(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
-        if said is not None:
-            yield from ((text, item.frame) for (text,), item in zip(said, chunk, strict=True))
-            continue
-        torch.cuda.empty_cache()
-        one_by_one = answers(policy, chunk, max_new_tokens, 1)
-        yield from [(None, chunk[0].frame)] if len(chunk) == 1 else one_by_one
-
-
-def recall(
-    policy: Policy,
-    known: MutableMapping,
-    name: str,
-    items: Sequence[Encoded],
-    ways: tuple[int, int],
-    keys=None,
-) -> list[tuple[str | None, BoxFrame]]:
-    """Answers to all the prompts, by `ways`: longest answer, prompts at a time. What `known` holds stays.
-
-    A batch that is half known is asked as a whole: its figures hang, in the last digits, on its company.
-    """
-    names = [f"{name}/{key}" for key in keys or range(len(items))]
-    for start in tqdm(range(0, len(names), ways[1]), desc=name, leave=False):
-        some = range(start, min(start + ways[1], len(names)))
-        if all(names[i] in known for i in some):
-            continue
-        for i, (text, frame) in zip(some, answers(policy, (items[i] for i in some), *ways), strict=True):
-            if names[i] not in known:
-                known[names[i]] = [text, *astuple(frame)]
-    return [(known[key][0], BoxFrame(*known[key][1:])) for key in names]
-
-
-@dataclass
-class Scores:
-    """A model's scores: `summary` as in results.json, `samples` one by one, `boxes` of cues in pixels."""
-
-    summary: dict
-    samples: dict[str, list[float | None]]
-    boxes: list[Box | None]
-    groups: dict[str, list] = field(default_factory=dict)  # of samples that are no independent ones
 
 
 def evaluate(
@@ -288,43 +208,3 @@ def baselines(policy: Policy, held: HeldOut, max_new_tokens: int, known=None) ->
     )
     out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))
     return out
-
-
-# ---------------------------------------------------------------- tables
-
-ROWS = {  # row of the table: list of samples
-    "cue search (IoU)": "cue",
-    "find by text (IoU)": "find",
-    "find by text (right thing)": "find_right",
-    "questions": "questions",
-    "  about attributes": "questions_attribute",
-    "  about places": "questions_place",
-    "questions, suppressed": "suppressed",
-}
-
-
-def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
-    """Change and paired standard error of every list of samples."""
-    names, groups = before.samples, before.groups
-    return {name: paired(names[name], after.samples[name], groups.get(name)) for name in names}
-
-
-def table(before: Scores, after: Scores | None = None, rows: dict[str, str] = ROWS) -> str:
-    """The before/after table, in points of 100 with the paired standard error."""
-    lines = [f"{'held-out':28}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
-    changes = compare(before, after) if after else {}
-    for title, name in rows.items():
-        pairs = list(zip(before.samples.get(name, []), (after or before).samples.get(name, []), strict=True))
-        pairs = [pair for pair in pairs if None not in pair]
-        if pairs:
-            one, other = (100 * mean(column) for column in zip(*pairs))
-            lines.append(f"{title:28}{len(pairs):6}{one:9.1f}")
-            if after:
-                change, error = (100 * changes[name][key] for key in ("change", "standard_error"))
-                lines[-1] += f"{other:9.1f}{change:+10.1f} ± {error:.1f}"
-    searched = [scores.summary["cue"] for scores in (before, after) if scores and "cue" in scores.summary]
-    for key in ("right_object", "parse_rate", "format") if searched else ():
-        if key != "right_object" or "find" in before.summary:  # photos have no other objects to compare with
-            numbers = "".join(f"{100 * cue[key]:9.1f}" for cue in searched)
-            lines.append(f"{'cue search, ' + key.replace('_', ' '):28}{searched[0]['n']:6}{numbers}")
-    return "\n".join(lines)

@@ -2,8 +2,7 @@
 
 import re
 
-from reward import answer_of, parse_box
-from tiny.scenes import Box
+from reward import Box, answer_of, parse_box
 
 LATEX = re.compile(r"\\[A-Za-z]+|[{}$]")
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,99}\}){0,999})\}")

@@ -1,12 +1,18 @@
-"""The one error for bad input, how the programs end on it, and flags that suggest the nearest one."""
+"""The one error for bad input, how programs end on it, and checks of what a command line names."""
 
 import argparse
 import difflib
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+# bitsandbytes reports an optional CPU kernel as missing on every start; nothing here uses it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+STOPPED = "Stopped. The same command goes on from here."
 
 
 class UserError(Exception):
@@ -14,13 +20,21 @@ class UserError(Exception):
 
 
 def require_file(flag: str, path: Path | None, folder: bool = False) -> None:
-    """UserError unless the path that a flag names is there; no path is fine."""
+    """UserError unless the file or folder that a flag names exists; None passes."""
     if path is not None and not (path.is_dir() if folder else path.exists()):
         raise UserError(f"{flag} {path}: no such {'folder' if folder else 'file'}.")
 
 
+def model_folder(name: str) -> str:
+    """The folder that --model names (`tiny` is the embedded model's), or a hub id as it is; or UserError."""
+    folder = Path(__file__).resolve().parents[1] / "tiny" / "model" if name == "tiny" else Path(name)
+    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise UserError(f"--model {name} is no folder: give tiny, a model folder or an id like Qwen/NAME.")
+    return str(folder) if folder.is_dir() else name
+
+
 @contextmanager
-def exit_on_error(remedy: str = "", stopped: str = "Stopped. The same command continues from here.") -> Iterator[None]:
+def exit_on_error(remedy: str = "", stopped: str = STOPPED) -> Iterator[None]:
     """Turns the errors of a program into one sentence on stderr: exit code 2, or 130 after Ctrl-C.
 
     remedy: what to do about a file that cannot be read or written; stopped: what Ctrl-C leaves.

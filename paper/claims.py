@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data import CueConfig, SceneCues
 from evaluation.attention import BANDS
-from evaluation.heldout import mean
+from evaluation.scores import mean
 from reward import Box, iou
 from tiny.scenes import SIDE
 from training.run_folder import versions

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.attention import BANDS
-from evaluation.heldout import mean
+from evaluation.scores import mean
 from paper.claims import INFORMED, POINTLESS, SHOWN, collect
 from training.run_folder import write_json
 

@@ -12,10 +12,8 @@ A claim has the *same direction* if the paired 95 % interval of its change exclu
 sign, the *opposite direction* if that holds the other way round, and else there is *no difference*.
 """
 
-import argparse
 import json
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -27,31 +25,35 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import CueConfig, SceneCues, UserError, open_cues
+from data import CueConfig, SceneCues, open_cues
 from eval import beginning
 from evaluation.attention import add_grounding, add_looking, begin_answer, box_ious, look
-from evaluation.heldout import HeldOut, Scores, evaluate, held_out, recall
+from evaluation.heldout import HeldOut, evaluate, held_out
+from evaluation.reply_cache import recall
+from evaluation.scores import Scores
+from files.disk import fingerprint, write_json
+from files.errors import FlagParser, UserError, exit_on_error
 from locus_mini import learning_rate, train
-from models import add_lora, load_policy
+from models import load_policy
 from paper import report
-from paper.variants import all_weights
+from paper.variants import VARIANTS, variant_flags
 from policy import Policy
 from prompts import encode, prompt_text
 from tiny import build as tiny_build
-from training import run_folder
+from training.run_folder import at_work, refuse_difference, weight_samples
 from training.settings import Config, resolve
 
 HELD_OUT = 2026  # seed of the scenes that everything is measured on
 SEEDS = (11, 12, 13)
-THREE: dict[str, dict[str, Any]] = {  # row: flags of locus_mini.py; with every seed
+THREE: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.py; with every seed
     "LOCUS": {},
-    "random rewards": {"reward": "random"},
+    "random rewards": {"variant": "random"},
     "format reward only": {"alpha": 1.0},
-    "shuffled target": {"reward": "shuffled"},
+    "shuffled target": {"variant": "shuffled"},
     "more pretraining": {},
-    "SFT": {"loss": "sft"},
-    "SFT on the best of G": {"loss": "best"},
-    "GRPO on the questions": {"reward": "questions"},
+    "SFT": {"variant": "sft"},
+    "SFT on the best of G": {"variant": "best"},
+    "GRPO on the questions": {"variant": "questions"},
     "text cue": {"source": "text"},
     "random crop": {"source": "random"},
     "large crops": {"source": "large"},
@@ -70,8 +72,8 @@ ONE: dict[str, dict[str, Any]] = {  # with the first seed alone
     "G = 16": {"group": 16},
     "LoRA rank 4": {"lora_rank": 4},
     "LoRA rank 64": {"lora_rank": 64},
-    "all weights, lr 1e-4": {"lora_rank": 0, "lr": 1e-4},
-    "SFT, a third of the rate": {"loss": "sft", "lr": 7e-4 / 3},
+    "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
+    "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
 }
 PRETRAINING = {"more pretraining": 9 * (1,) + (2,), "more pretraining, 1 to 4 things": (1, 2, 3, 4)}
 LOOKED = ("base", "LOCUS", "text cue", "large crops")  # whose attention and grounding is measured: Figs. 2, 4
@@ -124,16 +126,18 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     torch.set_num_threads(1)
     began, policy = time.monotonic(), load_policy("tiny")
     flags = (THREE | ONE).get(name, {}) | dict(seed=seed, steps=steps, show_every=0)
-    cfg, _ = resolve(flags, policy.tools.family)
+    variant = flags.pop("variant", "locus")
+    task = VARIANTS[variant].task
+    cfg, _ = resolve(variant_flags(variant, flags), policy.tools.family)
     folder.mkdir(exist_ok=True)
     if name != "base":
-        policy = add_lora(policy, cfg.lora_rank, seed) if cfg.lora_rank else all_weights(policy, seed)
+        policy = task.adapt(policy, cfg.lora_rank, seed)
     if name in PRETRAINING:
         pretrain(policy, PRETRAINING[name], cfg, folder)
     elif name != "base":
         cues = open_cues("scenes", "train", seed, CueConfig(cfg.source, cfg.tiny_ratio))
-        with run_folder.at_work(folder):
-            train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()})
+        with at_work(folder):
+            train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()}, task)
     held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_items=[])  # see Table 1
     scores = evaluate(policy, held, cfg.max_new_tokens)
     if name in LOOKED:
@@ -142,7 +146,7 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
     row = {"summary": scores.summary, "samples": scores.samples}
     row["curve"] = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
-    run_folder.write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - began)}})
+    write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - began)}})
     return scores.summary["questions"]["accuracy"]
 
 
@@ -156,14 +160,14 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 def do_rows(out: Path, steps: int, n: int, jobs: int, some: list[tuple[str, int]]) -> None:
     """The rows that are not done yet, `jobs` at a time."""
     about, begun = {"steps": steps, "n": n, "held_out": HELD_OUT}, out / "settings.json"
-    about["weights"] = run_folder.fingerprint(load_policy("tiny").whole)
+    about["weights"] = fingerprint(weight_samples(load_policy("tiny").whole))
     if begun.exists():
-        run_folder.refuse_difference(begun, json.loads(begun.read_text(encoding="utf-8")), about)
+        refuse_difference(begun, json.loads(begun.read_text(encoding="utf-8")), about)
     out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(begun, about)
+    write_json(begun, about)
     missing = [row for row in some if not (folder_of(out, *row) / "row.json").exists()]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the rows' processes
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, run_folder.at_work(out):
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, at_work(out):
         waiting = {pool.submit(do_row, *row, folder_of(out, *row), steps, n): row for row in missing}
         bar = tqdm(total=len(some), initial=len(some) - len(missing), desc="rows", unit="row")
         try:
@@ -178,23 +182,17 @@ def do_rows(out: Path, steps: int, n: int, jobs: int, some: list[tuple[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 100 questions, runs/quick")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
     args = parser.parse_args()
     name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", 160, 1200)
     home, rows = Path(__file__).parents[1], [row for row in PLAN if not args.quick or row[1] == SEEDS[0]]
     out = home / "runs" / name
-    try:
+    with exit_on_error():
         do_rows(out, steps, n, max(1, args.jobs), rows)
         folders = {row: folder_of(out, *row) for row in rows}
         report.write(out if args.quick else Path(__file__).parent, folders)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, run_folder.Stopped):
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

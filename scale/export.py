@@ -1,4 +1,4 @@
-"""The loop's cues as files for engines that scale: `python data.py export DIR --format easyr1|trl`.
+"""The loop's cues as files for engines that scale: `python -m scale.export DIR --format easyr1|trl`.
 
 DIR/train.jsonl           a row a cue, in the order in which the loop draws them
 DIR/train.settings.json   what the rows were drawn from, and the pixel limits that their boxes are for
@@ -19,11 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from data import Cue, CueConfig, UserError, open_cues
-from evaluation.journal import fingerprint
-from models import model_folder, read_family
+from data import Cue, CueConfig, cue_flags, open_cues
+from files.disk import file_stats, fingerprint, write_json
+from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from models import read_family
 from prompts import FAMILIES, PROMPTS, BoxFrame, Family, box_frame, opening, prompt_text
-from training import run_folder
+from training.run_folder import at_work, refuse_difference
 
 EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels of its examples, and of easyr1.yaml
 QWEN = {  # of a frame without a model: family, cell, the limits that its processors are published with
@@ -177,11 +178,11 @@ def begin(out: Path, split: str, settings: dict[str, Any]) -> None:
     path, settings = out / f"{split}.settings.json", json.loads(json.dumps(settings, default=str))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        run_folder.refuse_difference(path, found, settings)
+        refuse_difference(path, found, settings)
     except FileNotFoundError:
         if (out / f"{split}.jsonl").exists():
             raise UserError(f"{out} holds a {split}.jsonl of something else: give another DIR.") from None
-        run_folder.write_json(path, settings)
+        write_json(path, settings)
     except (ValueError, AttributeError):
         raise UserError(f"{path} is damaged: delete {out}, or give another DIR.") from None
 
@@ -206,11 +207,11 @@ def export_cues(
     }
     settings = {"data": data, "seed": seed} | asdict(cfg) | asdict(replace(target, family=None)) | family
     settings |= {name: path and path.resolve() for name, path in flags.items()}
-    settings |= {f"{path.resolve()} as of": fingerprint(path) for path in paths}
+    settings |= {f"{path.resolve()} as of": fingerprint(file_stats(path)) for path in paths}
     rows = out / f"{split}.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with run_folder.at_work(out):
+        with at_work(out):
             begin(out, split, settings)
             image_folder(out, source)
             if format == "easyr1":
@@ -232,3 +233,25 @@ def export_cues(
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
     print(f"{rows} is complete: {max(done, limit):,} cues.")
+
+
+def main() -> None:
+    parser = FlagParser(description=__doc__, parents=[cue_flags()])
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument("--format", choices=("easyr1", "trl"), required=True)
+    parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
+    parser.add_argument("--images", type=Path, help="of COCO")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--limit", type=int, default=99_500, help="how many cues (default: the paper's)")
+    parser.add_argument("--model", help="whose prompt and box frame; default tiny, or Qwen's of --frame")
+    parser.add_argument("--frame", "--box-frame", choices=("resized", "relative1000"), help="of the boxes")
+    pixels = "least and most pixels of an image in the engine; default EasyR1's, or in TRL the loop's"
+    parser.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help=pixels)
+    args = vars(parser.parse_args())
+    cfg = CueConfig(args.pop("source"), args.pop("tiny_ratio"))
+    with exit_on_error():
+        export_cues(cfg, **args)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,13 +43,13 @@ def write_corpus(folder: Path, photos: int, boxes: int) -> None:
 
 
 def export(folder: Path, engine: str, rows: int) -> tuple[float, float, float]:
-    """Seconds, processor time and peak memory in GB of `python data.py export` of so many rows."""
+    """Seconds, processor time and peak memory in GB of `python -m scale.export` of so many rows."""
     files = ["--annotations", folder / "instances.json", "--images", folder / "images"]
     where = [folder / f"{engine}-{rows}", "--data", "coco", *files, "--exclude", folder / "none.txt"]
     what = ["--format", engine, "--frame", "resized", "--limit", str(rows)]
-    command = [sys.executable, ROOT / "data.py", "export", *where, *what]
+    command = [sys.executable, "-m", "scale.export", *where, *what]
     began, quiet = time.perf_counter(), subprocess.DEVNULL
-    child = subprocess.Popen(list(map(str, command)), stdout=quiet, stderr=quiet)
+    child = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=quiet, stderr=quiet)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"The export failed: {' '.join(map(str, command))}")

@@ -25,8 +25,8 @@ from locus_mini import train_step
 from models import add_lora, load_policy, make_policy
 from policy import Policy
 from prompts import FAMILIES, Tools
-from reward import box_reward
 from scale.export import Target, make_row
+from scale.rewards import box_reward
 from training.settings import Config, resolve
 
 WAYS = ("ours", "TRL", "TRL, checkpointing off")

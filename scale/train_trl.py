@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on an export of the loop's cues, with the loop's reward and the paper's values.
 
-    python data.py export cues --format trl --model Qwen/Qwen2.5-VL-7B-Instruct --data coco …
+    python -m scale.export cues --format trl --model Qwen/Qwen2.5-VL-7B-Instruct --data coco …
     accelerate launch --config_file scale/one_machine.yaml --module scale.train_trl cues --model Qwen/…
 
 Every flag of TRL's GRPOConfig can follow; without it the paper's value holds (Table 8, and PAPER §4).
@@ -17,10 +17,10 @@ from peft import LoraConfig
 from transformers import AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-from files.pictures import UserError
+from files.errors import UserError, model_folder
 from prompts import Family
-from reward import box_reward
-from scale.export import find_target, model_folder
+from scale.export import find_target
+from scale.rewards import box_reward
 
 # dapo is the mean over the tokens of an optimizer step, the loop's token_mean; delta bounds the ratio at
 # negative advantages, which is the dual clip; constant_with_warmup takes a share of the steps below 1.
@@ -33,7 +33,7 @@ OURS = dict(shuffle_dataset=False, max_completion_length=256, logging_steps=1, s
 def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
     """Our few flags, the export's settings, and TRL's flags with the paper's defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("export", type=Path, help="folder of data.py export --format trl")
+    parser.add_argument("export", type=Path, help="folder of python -m scale.export --format trl")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--lora-rank", type=int, default=0, help="rank of an adapter; 0: all weights")
     parser.add_argument("--prompts", type=int, default=128, help="an optimizer step; paper")
@@ -45,7 +45,7 @@ def read_flags() -> tuple[argparse.Namespace, dict, GRPOConfig]:
         settings = json.loads(path.read_text(encoding="utf-8"))
         target = find_target("trl", ours.model, settings["box_frame"], settings["pixels"])
     except (OSError, ValueError, KeyError, UserError) as error:
-        parser.error(f"{error}: export the cues first, with data.py export --format trl.")
+        parser.error(f"{error}: export the cues first, with python -m scale.export --format trl.")
     made_for = [settings[name] for name in ("engine", "cell", "template", "opening")]
     if made_for != ["trl", target.cell, target.family.template, target.family.opening]:
         parser.error(f"{ours.export} is not for TRL and {ours.model}, but for {made_for}: export it anew.")

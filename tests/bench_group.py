@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch
 from random_models import noise, random_policy
 
-from locus_mini import group_advantages, update_policy
+from locus_mini import group_advantages, optimizer_step
 from models import add_lora
 from policy import collate, rollout
 from prompts import encode
@@ -59,7 +59,7 @@ def measure(way: str, group: int, prompt: int, length: int, repeat: int) -> dict
             count = roll.tokens.shape[0] * roll.tokens.shape[1]
             full.append((batch, roll, advantages[taken : taken + count].view(roll.tokens.shape[:2]), None))
             taken += count
-        update_policy(policy, optimizer, full, cfg)
+        optimizer_step(policy, optimizer, full, cfg)
         times["passes"].append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = sum(p.numel() for p in policy.model.parameters())

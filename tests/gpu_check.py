@@ -32,14 +32,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import CueConfig, open_cues
-from evaluation.heldout import mean
-from locus_mini import draw_step, train_step
+from data import CueConfig, encode_cue, open_cues
+from evaluation.scores import mean
+from locus_mini import LOCUS, sample_batch, train_step
 from models import add_lora, load_policy, read_family
-from paper.variants import encode_task
 from policy import Policy, collate, rollout, token_logps
-from training import memory
+from training import dry_run, memory
 from training.checks import self_check
+from training.experiment import prepare
 from training.settings import resolve
 
 CUDA, ROOT = torch.cuda.is_available(), Path(__file__).parents[1]
@@ -146,21 +146,21 @@ def measure_case(case: Case, folder: Path) -> dict[str, Any]:
     flags = {"model": str(folder), "load_in_4bit": True} | case.flags
     config, family = read_family(flags["model"])
     cfg, _ = resolve(flags, family)
-    predicted = memory.predict(memory.empty_model(config), cfg, family)
+    predicted = dry_run.predict(dry_run.empty_model(config), cfg, family)
     row = {"predicted": {name: sum(parts.values()) for name, parts in predicted.items()}}
     if CUDA:
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - memory.CONTEXT) * 1e9 / whole))
-        policy, cfg, _ = memory.prepare(flags)
-        steps = memory.largest_steps(policy, cfg, train_step)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - dry_run.CONTEXT) * 1e9 / whole))
+        policy, cfg, _ = prepare(flags)
+        steps = dry_run.largest_steps(policy, cfg, train_step, LOCUS)
         row |= {"seconds": steps[-1]["seconds"], "tokens": cfg.prompts * cfg.group * cfg.max_new_tokens}
         return row | {"found": memory.PEAKS}
-    policy, cfg, _ = memory.prepare(flags, torch.bfloat16)
+    policy, cfg, _ = prepare(flags, dtype=torch.bfloat16)
     memory.METER = tracker = Tracker()
     tracker.add_model(policy.model)
     memory.PEAKS["loading"] = tracker.now
     with tracker:
-        memory.largest_steps(policy, cfg, train_step)
+        dry_run.largest_steps(policy, cfg, train_step, LOCUS)
     return row | {"found": memory.PEAKS}
 
 
@@ -222,16 +222,16 @@ def decoding(policy: Policy, batch: Any, group: int, longest: int) -> float:
 
 def check_rollout(folder: Path) -> None:
     """Tokens a second at batch 64 beside what the memory's bandwidth allows, and where a step's time goes."""
-    policy, cfg, _ = memory.prepare({"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480})
-    cues, G, T = memory.LargestCues(cfg.image_pixels, cfg.crop_pixels), cfg.group, cfg.max_new_tokens
-    _, _, items = draw_step(policy.tools, cues, 0, cfg)
+    policy, cfg, _ = prepare({"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480})
+    cues, G, T = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels), cfg.group, cfg.max_new_tokens
+    items = [example.prompt for example in sample_batch(policy.tools, cues, 0, cfg)]
     checked = self_check(policy, items[:2], G, 32, 0)
     print("self-check: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
     batch = collate(policy, items)
     seconds, rate = decoding(policy, batch, G, T), bandwidth()
     config, family = read_family(str(folder))
-    text, sizes = config.get_text_config(), memory.weights(memory.empty_model(config), family, True, 16)
+    text, sizes = config.get_text_config(), dry_run.weights(dry_run.empty_model(config), family, True, 16)
     size = text.hidden_size // text.num_attention_heads
     column = 4 * text.num_key_value_heads * size * text.num_hidden_layers  # bytes of keys and values
     cache = len(items) * (batch.ids.shape[1] + G * T / 2) * column
@@ -253,7 +253,7 @@ def check_packing() -> None:
     """A token's log-probability in bf16, packed with its group and in a row alone: the median difference."""
     policy = add_lora(load_policy("tiny", load_in_4bit=False, dtype=torch.bfloat16), 16)
     cues = open_cues("scenes", "train", 0, CueConfig())
-    items = [encode_task(policy.tools, cues[i], i, "object", "iou") for i in range(8)]
+    items = [encode_cue(policy.tools, cues[i], "object") for i in range(8)]
     batch = collate(policy, items)
     generator = torch.Generator(policy.device).manual_seed(0)
     roll = rollout(policy, batch, 8, 40, generator)
@@ -329,12 +329,12 @@ def one_step(way: str, folder: Path) -> None:
     """
     build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
-    policy, cfg, _ = memory.prepare(flags | {"recompute": way == "ours"})
-    cues = memory.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    policy, cfg, _ = prepare(flags | {"recompute": way == "ours"})
+    cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
     memory.METER = None  # one peak of all phases
     torch.cuda.reset_peak_memory_stats()
     if way == "ours":
-        seconds = memory.largest_steps(policy, cfg, train_step)[-1]["seconds"]
+        seconds = dry_run.largest_steps(policy, cfg, train_step, LOCUS)[-1]["seconds"]
     else:
         from scale.side_by_side import Clock, make_trainer, rows_of
 

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data
-from data import CueConfig, SceneCues, UserError, encode_cue
+from data import CueConfig, SceneCues, encode_cue
+from files.errors import UserError
 from prompts import FAMILIES, UNITS, Tools, box_frame, encode, prompt_text
 from reward import iou, parse_box
 from tiny import architecture, scenes

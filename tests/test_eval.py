@@ -10,9 +10,10 @@ from PIL import Image
 from random_models import noise, random_policy, with_adapter
 
 import eval as evaluation
-from data import CueConfig, SceneCues, UserError
-from evaluation import heldout
-from evaluation.journal import Journal
+from data import CueConfig, SceneCues
+from evaluation import reply_cache
+from evaluation.reply_cache import ReplyCache
+from files.errors import UserError
 from models import add_lora, load_policy
 from tiny import scenes
 
@@ -95,8 +96,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(adapter, vstar, tmp_path, monkey
     whole = (tmp_path / "whole" / "answers.jsonl").read_bytes()
     (tmp_path / "killed").mkdir()
     asked = []
-    real = heldout.rollout
-    monkeypatch.setattr(heldout, "rollout", lambda p, b, *rest: asked.extend(b.items) or real(p, b, *rest))
+    real = reply_cache.rollout
+
+    def counted(policy, batch, *rest):
+        asked.extend(batch.items)
+        return real(policy, batch, *rest)
+
+    monkeypatch.setattr(reply_cache, "rollout", counted)
     for cut in (len(whole) // 3, len(whole) - 5, len(whole) // 40):  # in the middle of a line, most likely
         (tmp_path / "killed" / "answers.jsonl").write_bytes(whole[:cut])
         asked.clear()
@@ -123,7 +129,7 @@ def test_settings_choose_the_folder_beside_the_adapter(adapter, vstar):
 
 
 def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar, tmp_path, monkeypatch):
-    real, victim = heldout.rollout, noise((192, 192), 3)
+    real, victim = reply_cache.rollout, noise((192, 192), 3)
     victim.save(vstar / "relative_position" / "2.png")
 
     def full(policy, batch, *rest):
@@ -140,7 +146,7 @@ def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar,
             lost.append(item.pictures[0])
         return item
 
-    monkeypatch.setattr(heldout, "rollout", full)
+    monkeypatch.setattr(reply_cache, "rollout", full)
     monkeypatch.setattr(evaluation, "benchmark_prompt", marked)
     code, results = run("vstar", "--data", vstar, "--out", tmp_path)
     assert code == 0 and results["before"]["direct"]["errors"] == 1 and results["before"]["direct"]["n"] == 7
@@ -208,5 +214,5 @@ def test_wrong_use_ends_with_one_sentence(arguments, names, capsys, tmp_path, mo
 def test_a_journal_that_is_none_is_refused(tmp_path):
     (tmp_path / "answers.jsonl").write_text("hello\n")
     with pytest.raises(UserError, match="answers.jsonl"):
-        Journal(tmp_path / "answers.jsonl", {"a": "b"})
+        ReplyCache(tmp_path / "answers.jsonl", {"a": "b"})
     assert (tmp_path / "answers.jsonl").read_text() == "hello\n"

@@ -16,11 +16,12 @@ from transformers import AutoConfig
 
 import eval as evaluation
 import locus_mini
-from files.pictures import UserError
+from files.errors import UserError
 from models import add_lora, load_policy, read_family
+from paper.variants import sft_loss
 from policy import collate, rollout
 from prompts import encode
-from training import memory
+from training import dry_run, memory
 from training.settings import resolve
 
 KINDS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Thinking", "MiMo-VL-7B-RL")
@@ -152,7 +153,7 @@ def test_flags_win_over_the_row():
 
 @pytest.mark.parametrize("name", families.PARAMETERS)
 def test_the_settings_are_of_the_published_size(name):
-    model = memory.empty_model(AutoConfig.from_pretrained(families.FOLDER / name))
+    model = dry_run.empty_model(AutoConfig.from_pretrained(families.FOLDER / name))
     assert sum(parameter.numel() for parameter in model.parameters()) == families.PARAMETERS[name]
 
 
@@ -160,7 +161,7 @@ def test_predicted_weights_are_those_that_are_loaded(model):
     """Byte by byte: quantised, in 16 bits, of the adapter."""
     _, family = read_family(str(model))
     policy = add_lora(load_policy(str(model), load_in_4bit=True, dtype=torch.bfloat16), 4)
-    predicted = memory.weights(memory.empty_model(policy.whole.config), family, True, 4)
+    predicted = dry_run.weights(dry_run.empty_model(policy.whole.config), family, True, 4)
     loaded = {"text layers": 0, "other weights": 0, "adapter": 0}
     for name, weight in policy.model.named_parameters():
         layer = "language_model" in name and ".layers." in name
@@ -187,10 +188,10 @@ def test_a_dry_run_without_a_gpu_says_that_it_predicts(monkeypatch, capsys):
 
 def test_less_is_predicted_where_a_flag_asks_for_less():
     config, family = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
-    model = memory.empty_model(config)
+    model = dry_run.empty_model(config)
 
     def peak(**flags) -> int:
-        found = memory.predict(model, resolve(flags, family)[0], family)
+        found = dry_run.predict(model, resolve(flags, family)[0], family)
         return sum(sum(parts.values()) for parts in found.values())
 
     usual = peak()
@@ -227,7 +228,7 @@ def test_half_precision_learns_what_full_precision_does(model):
             if "lora_B" in name:
                 torch.manual_seed(len(name))
                 nn.init.normal_(weight, std=0.02)
-        cfg = replace(resolve({"kl": 0.0, "loss": "sft"}, policy.tools.family)[0], max_grad_norm=1e9)
+        cfg = replace(resolve({"kl": 0.0}, policy.tools.family)[0], max_grad_norm=1e9)
         item = encode(policy.tools, "Where?", noise((112, 84), 0))
         batch = collate(policy, [item])
         generator = torch.Generator(policy.device).manual_seed(0)
@@ -237,7 +238,7 @@ def test_half_precision_learns_what_full_precision_does(model):
         advantages = torch.tensor([[1e-5, 2e-5]], device=policy.device)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        locus_mini.update_policy(policy, optimizer, [(batch, roll, advantages, None)], cfg)
+        locus_mini.optimizer_step(policy, optimizer, [(batch, roll, advantages, None)], cfg, sft_loss)
         found.append(torch.cat([p.grad.flatten() for p in trained]))
     full, half = found
     assert torch.cosine_similarity(full, half, dim=0) > 0.99

@@ -14,8 +14,8 @@ from locus_mini import (
     grpo_loss,
     learning_rate,
     micro_batches,
+    optimizer_step,
     token_weights,
-    update_policy,
 )
 from policy import collate, rollout, token_logps
 
@@ -166,7 +166,7 @@ def gradients(policy, batch, roll, advantages, cfg: Config, old) -> list[torch.T
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     (rows,) = micro_batches(cfg)
     passes = [(collate(policy, batch.items[r]), roll.rows(r), advantages[r], old[r]) for r in rows]
-    update_policy(policy, NoStep(trained), passes, cfg)
+    optimizer_step(policy, NoStep(trained), passes, cfg)
     return [p.grad.clone() for p in trained]
 
 
@@ -206,10 +206,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     before = [p.detach().clone() for p in trained]
     bad = torch.tensor([[float("inf"), 1.0], [0.0, 1.0]])
-    stats = update_policy(policy, optimizer, [(batch, roll, bad, None)], CFG)
+    stats = optimizer_step(policy, optimizer, [(batch, roll, bad, None)], CFG)
     assert stats["skipped"] == 1
     assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
-    good = update_policy(
+    good = optimizer_step(
         policy, optimizer, [(batch, roll, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), None)], CFG
     )
     assert good["skipped"] == 0
@@ -235,6 +235,6 @@ def test_one_step_raises_the_probability_of_the_better_answer():
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     before = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
-    update_policy(policy, optimizer, [(batch, roll, advantages, None)], replace(CFG, kl=0.0))
+    optimizer_step(policy, optimizer, [(batch, roll, advantages, None)], replace(CFG, kl=0.0))
     after = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
     assert after[0] > before[0] and (after[1:] < before[1:]).all()

@@ -11,7 +11,7 @@ from random_models import prompts, random_model, random_policy, with_adapter
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForImageTextToText
 
-from data import UserError
+from files.errors import UserError
 from models import add_lora, load_adapter, load_policy
 from policy import collate, rollout, token_logps
 from tiny import architecture

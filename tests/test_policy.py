@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import policy as policy_module
-from evaluation.heldout import answers
-from files.pictures import UserError
+from evaluation.reply_cache import answers
+from files.errors import UserError
 from models import add_lora, recompute_layers
 from policy import Policy, Rollout, collate, group_mask, rollout, see, texts, token_logps
 from prompts import Encoded

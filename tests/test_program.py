@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import locus_mini
-from data import CueConfig, SceneCues, UserError
-from evaluation.heldout import answers
+from data import CueConfig, SceneCues
+from evaluation.reply_cache import answers
+from files.errors import UserError
 from models import load_adapter, load_policy
 from prompts import FAMILIES, encode
 from tiny import scenes

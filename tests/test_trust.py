@@ -16,7 +16,7 @@ from random_models import noise
 from safetensors.torch import load_file
 
 import eval as evaluation
-from data import UserError
+from files.errors import UserError
 from models import add_lora, load_adapter, load_policy
 
 ROOT = Path(__file__).parents[1]

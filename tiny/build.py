@@ -27,8 +27,9 @@ from tqdm import tqdm
 from data import Cue
 from policy import group_mask
 from prompts import PROMPTS, BoxFrame
+from reward import Box
 from tiny.architecture import build_image_processor, build_model, build_tokenizer
-from tiny.scenes import COLORS, SHAPES, SIDE, Box, Scene, Thing, draw_layout, keep_only, questions, render
+from tiny.scenes import COLORS, SHAPES, SIDE, Scene, Thing, draw_layout, keep_only, questions, render
 
 STAGES = {"vision": 37, "language": 32, "few things": 1, "two images": 4}  # minutes
 EXAMPLES = 20_000  # scenes whose image tokens are computed once
@@ -252,7 +253,7 @@ def main() -> None:
     model.generation_config.do_sample = False
     for part in (model, build.tokenizer, build_image_processor()):
         part.save_pretrained(args.out)
-    print(f"{args.out} is built. Measure it: python eval.py scenes --card --model {args.out}")
+    print(f"{args.out} is built. Measure it: python -m tiny.card --model {args.out}")
 
 
 if __name__ == "__main__":

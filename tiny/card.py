@@ -1,10 +1,12 @@
-"""The model card of the embedded model: its visual context rot, measured (`python eval.py scenes --card`)."""
+"""The model card of the embedded model: its visual context rot, measured (`python -m tiny.card`)."""
 
-import json
 from pathlib import Path
 
-from data import CueConfig, SceneCues, UserError
+from data import CueConfig, SceneCues
 from evaluation.heldout import baselines, evaluate, held_out
+from files.disk import write_json
+from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from models import load_policy
 from policy import Policy
 
 CARD_SCENES = {  # row of the card: things in a scene, is the evidence alone in its cells
@@ -43,8 +45,21 @@ def card(policy: Policy, folder: Path, n: int) -> None:
     lines.append(
         f"\nCrops named right (4–8 things): {100 * named:.1f} %. Every cell: n = {n:,}; held-out scenes."
     )
-    (folder / "card.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "card.json", measured)
     head, start, rest = text.partition("<!-- measured -->")
     tail = rest.partition("<!-- /measured -->")[2]
     body = "\n".join(["", *lines, "<!-- /measured -->"])
     readme.write_text(head + start + body + tail, encoding="utf-8")
+
+
+def main() -> None:
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--model", default="tiny", help="folder of the embedded model")
+    parser.add_argument("--n", type=int, default=1000, help="samples a cell")
+    args = parser.parse_args()
+    with exit_on_error():
+        card(load_policy(args.model), Path(model_folder(args.model)), args.n)
+
+
+if __name__ == "__main__":
+    main()

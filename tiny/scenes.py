@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
 
+from reward import Box
+
 SIDE = 192  # pixels: 12 × 12 patches of 16, merged 2 × 2 into the 36 image tokens of the embedded model
 CROP_SIDE = 64  # a crop is enlarged to this: 4 image tokens
 TINY_SIDES = (14, 18)  # below 1 % of the picture
@@ -29,8 +31,6 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError
-from evaluation.heldout import HeldOut, Scores, paired
+from evaluation.heldout import HeldOut
+from evaluation.scores import Scores, paired
+from files.errors import UserError
 from policy import Policy, collate, rollout, texts, token_logps
 from prompts import Encoded, box_frame
 from reward import iou, reward

@@ -1,33 +1,14 @@
-"""What a step needs of a GPU: measured phase by phase, predicted from a model's config, and what to lower.
-
-    python locus_mini.py --model Qwen/Qwen2.5-VL-7B-Instruct --dry-run
-
-The prediction counts what the code keeps alive; on a machine without CUDA it is all there is.
-`tests/gpu_check.py --only memory` compares it with what was really allocated.
-"""
+"""Which phase of a step needs how much memory, and what to lower where it runs out."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers as hf
-from PIL import Image
-from torch import nn
 
-from data import Cue
-from files.pictures import UserError
-from models import add_lora, load_policy, read_family, recompute_layers
-from paper.variants import all_weights
-from policy import LOGITS, PATCHES, Policy
-from prompts import Family, limit_pixels
-from training.settings import Config, resolve
+from files.errors import UserError
 
-WORDS = 128  # tokens of a prompt beside its images, about
-CARDS = (8, 12, 16, 24, 48, 80)  # GB
-CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, about
 LOWER = {
     "loading": "take a smaller --model, or --load-in-4bit",
     "rollout": "lower --rollout-batch, then --image-pixels, --max-new-tokens or --group",
@@ -40,9 +21,6 @@ OUT_OF_MEMORY += "|automatic conversion of the weights"
 PEAKS: dict[str, int] = {}  # bytes that each phase needed at most, on a GPU
 METER: Any = torch.cuda if torch.cuda.is_available() else None
 OPEN: list[str] = []  # phases at work, the innermost last
-
-
-# ---------------------------------------------------------------- phases
 
 
 @contextmanager
@@ -71,151 +49,3 @@ def note() -> None:
         if OPEN:
             PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), METER.max_memory_allocated())
         METER.reset_peak_memory_stats()
-
-
-# ---------------------------------------------------------------- prediction
-
-
-def empty_model(config: Any) -> nn.Module:
-    """A model without its numbers, in an instant and in no memory."""
-    with torch.device("meta"):
-        return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-
-
-def weights(model: nn.Module, family: Family, four: bool, rank: int) -> dict[str, int]:
-    """Bytes of text layers in 4 bit (NF4, double quantisation), of the rest in 16, of an adapter in 32."""
-    out = {"text layers": 0, "other weights": 0, "adapter": 0}
-    small = {}  # bytes of quantised weights, by the name of their layer
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if four and not name.startswith(family.skip_4bit):
-            n = module.weight.numel()  # half a byte each, a byte for every 64, four for every 64 · 256
-            small[f"{name}.weight"] = n // 2 + n // 64 + n // 64 // 64
-        if re.fullmatch(family.lora_targets, name):
-            out["adapter"] += 4 * rank * (module.in_features + module.out_features)
-    for name, weight in model.named_parameters():  # tied ones once
-        kind = "text layers" if ".layers." in name and "language_model" in name else "other weights"
-        out[kind] += small.get(name, 2 * weight.numel())
-    return out
-
-
-def prompt_tokens(config: Any, cfg: Config) -> int:
-    """Tokens of the longest prompt: image and crop at their limits, and the words."""
-    vision = config.vision_config
-    side = vision.patch_size * vision.spatial_merge_size
-    return cfg.image_pixels // side**2 + cfg.crop_pixels // side**2 + WORDS
-
-
-def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str, int]]:
-    """Bytes on a GPU by phase and part; the model may be empty.
-
-    Counted by token of a row [prompt | answers], some numbers in 16 bits, some in 32, with H the hidden size,
-    F that of the feed-forward part, A of all heads together:
-    rollout      keys and values; while prompts are read, 12·F + 15·H for the layer at work, later 16 for the
-                 chance of each next token; before, what the vision tower needs
-    policy pass  a layer's input, 2·H, and for the layer at work 28·H + 12·A + 14·F; without --recompute all
-                 that a layer keeps, 28·H + 12·A + 10·F, and 4·F for that at work; or a chunk of logits
-    """
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    parts = weights(model, family, cfg.load_in_4bit is not False, cfg.lora_rank)
-    known = parts | {"moments": 2 * parts["adapter"]}
-    H, F, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    size = getattr(text, "head_dim", None) or H // text.num_attention_heads
-    A, P = text.num_attention_heads * size, prompt_tokens(model.config, cfg)
-    row = P + cfg.group * cfg.max_new_tokens
-    at_once, micro = min(cfg.rollout_batch, cfg.prompts), min(cfg.micro_batch, cfg.prompts // cfg.updates)
-    column = 4 * text.num_key_value_heads * size * layers
-    patches = min(PATCHES, at_once * (P - WORDS) * vision.spatial_merge_size**2)
-    seeing = patches * (20 * vision.hidden_size + 6 * vision.intermediate_size)
-    reading = at_once * P * (12 * F + 15 * H + column)
-    writing = at_once * (row * column + 16 * cfg.group * text.vocab_size)
-    kept, work = (2 * H, 28 * H + 12 * A + 14 * F) if cfg.recompute else (28 * H + 12 * A + 10 * F, 4 * F)
-    layer = micro * row * (work + 3 * row) + 2 * H * F  # and a weight that is no longer 4-bit
-    logits = 16 * min(LOGITS, micro * (row - P) * text.vocab_size)
-    passing = {"gradients": parts["adapter"], "layers' inputs": micro * row * (layers * kept + 10 * H)}
-    return {
-        "loading": parts,
-        "rollout": known | {"cache and layer at work": max(seeing, reading, writing)},
-        "policy pass": known | passing | {"layer at work": max(layer, logits)},
-        "optimizer": known | {"gradients": parts["adapter"], "update": parts["adapter"]},
-    }
-
-
-# ---------------------------------------------------------------- a dry run
-
-
-@dataclass(frozen=True)
-class LargestCues:
-    """Cues of one grey photo, as large as image and crop may be: 4 by 3, with a window of its own shape."""
-
-    image_pixels: int
-    crop_pixels: int
-
-    def __getitem__(self, index: int) -> Cue:
-        w, h = round((self.image_pixels * 4 / 3) ** 0.5), round((self.image_pixels * 3 / 4) ** 0.5)
-        share = min(1.0, (self.crop_pixels / self.image_pixels) ** 0.5)
-        box = (0, 0, round(w * share), round(h * share))
-        return Cue(Image.new("RGB", (w, h), "gray"), box, "large")
-
-
-def largest_steps(policy: Policy, cfg: Config, train_step: Callable) -> list[dict]:
-    """Metrics of two steps with the longest answers there can be and rewards by chance; PEAKS by phase."""
-    never = torch.tensor([-1], device=policy.device)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    cues, cfg = LargestCues(cfg.image_pixels, cfg.crop_pixels), replace(cfg, reward="random", steps=2)
-    return [train_step(replace(policy, stop_ids=never), optimizer, cues, i, cfg)[0] for i in range(2)]
-
-
-def prepare(flags: dict[str, Any], dtype: torch.dtype | None = None) -> tuple[Policy, Config, dict[str, str]]:
-    """The model that the flags name, in its family's ways, with an adapter; every setting and its origin."""
-    wanted = flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame")
-    with phase("loading"):
-        policy = load_policy(*wanted, dtype)
-        cfg, origin = resolve(flags, policy.tools.family)
-        policy.tools.family = limit_pixels(policy.tools.family, cfg.image_pixels, cfg.crop_pixels)
-        if cfg.recompute:
-            recompute_layers(policy)
-        policy = add_lora(policy, cfg.lora_rank, cfg.seed) if cfg.lora_rank else all_weights(policy, cfg.seed)
-    return policy, cfg, origin
-
-
-def dry_run(flags: dict[str, Any], train_step: Callable) -> None:
-    """Prints the peak memory by phase: measured on the largest steps where there is a GPU, else predicted."""
-    if "resume" in flags:
-        raise UserError("--dry-run goes with the flags of a run themselves, not with --resume: give those.")
-    config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
-    cfg, _ = resolve(flags, family)
-    predicted = predict(empty_model(config), cfg, family)
-    if not torch.cuda.is_available():
-        print(table(predicted))
-        return
-    try:
-        policy, cfg, _ = prepare(flags)
-        seconds = [f"{step['seconds']:.1f}" for step in largest_steps(policy, cfg, train_step)]
-    finally:
-        print(table(predicted, PEAKS))  # as far as it came
-    print(f"seconds of the two steps, of which the first warms up: {', '.join(seconds)}")
-    print(
-        f"PyTorch holds {torch.cuda.memory_reserved() / 1e9:.2f} GB in the end, with what it keeps for later"
-    )
-
-
-def table(predicted: dict[str, dict], measured: dict[str, int] | None = None) -> str:
-    """Peaks by phase in GB, with what was measured if anything was, and the smallest card that holds them."""
-    lines = [
-        f"{'phase':14}{'predicted':>10}" + f"{'measured':>10}" * bool(measured) + "  of which (predicted)"
-    ]
-    for name, parts in predicted.items():
-        total = sum(parts.values())
-        there = f"{measured.get(name, 0) / 1e9:10.2f}" if measured else ""
-        of_which = ", ".join(f"{what} {n / 1e9:.2f}" for what, n in parts.items())
-        lines.append(f"{name:14}{total / 1e9:10.2f}{there}  {of_which}")
-    worst = max(predicted, key=lambda name: sum(predicted[name].values()))
-    peak = max(measured.values()) if measured else sum(predicted[worst].values())
-    worst = max(measured, key=measured.get) if measured else worst
-    card = next((f"a card of {c} GB" for c in CARDS if peak / 1e9 + CONTEXT <= c), "no single card")
-    how = "Measured" if measured else "Predicted, not measured"
-    lines.append(f"{how}, in GB: {peak / 1e9:.2f} at most, so {card}. If it does not fit: {LOWER[worst]}.")
-    return "\n".join(lines)

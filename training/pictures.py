@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -41,9 +42,9 @@ def draw_cues(cues: Sequence[Cue], before: list, after: list | None, path: Path,
     sheet.save(path)
 
 
-def draw_group(shown: dict, path: Path) -> None:
+def draw_group(group: Any, path: Path) -> None:
     """One group: its G boxes, from blue (advantage below 0) to red (above), and the rewards beside."""
-    cue, side = shown["cue"], 576
+    cue, side = group.example.cue, 576
     zoom = side / max(cue.image.size)
     sheet = Image.new("RGB", (side + 260, side), "white")
     sheet.paste(cue.image.resize([round(v * zoom) for v in cue.image.size], Image.Resampling.BICUBIC), (0, 0))
@@ -51,17 +52,17 @@ def draw_group(shown: dict, path: Path) -> None:
     draw_box(draw, cue.box, zoom, "white", 5)
     sheet.paste(cue.crop.resize((96, 96)), (side + 12, 12))
     draw.text((side + 120, 36), "the cue\n(true box white)", "black", font_size=16)
-    order = sorted(range(len(shown["answers"])), key=lambda g: shown["advantages"][g])
+    order = sorted(range(len(group.completions)), key=lambda g: group.advantages[g])
     for line, g in enumerate(reversed(order)):
-        strength = max(-1.0, min(1.0, shown["advantages"][g] / 2))
+        strength = max(-1.0, min(1.0, group.advantages[g] / 2))
         color = (
             (255, round(200 - 200 * strength), 0) if strength > 0 else (0, round(200 + 200 * strength), 255)
         )
-        box = parse_box(shown["answers"][g])
-        draw_box(draw, box and shown["frame"].to_pixels(box), zoom, color, 3)
+        box = parse_box(group.completions[g])
+        draw_box(draw, box and group.example.prompt.frame.to_pixels(box), zoom, color, 3)
         y = 130 + 24 * line
         draw.rectangle((side + 12, y + 2, side + 28, y + 18), fill=color)
-        text = f"reward {shown['rewards'][g].total:.2f}  A {shown['advantages'][g]:+.2f}"
+        text = f"reward {group.rewards[g].total:.2f}  A {group.advantages[g]:+.2f}"
         draw.text((side + 38, y), text, "black", font_size=16)
     sheet.save(path)
 

@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import which
@@ -26,41 +26,27 @@ from typing import Any, TextIO
 import peft
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from data import UserError
+from files.disk import file_stats, fingerprint, sync, write_json
+from files.errors import UserError
+from training.settings import MEMORY, Config, stored_flags
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """The user stopped a run; what it has done is in its folder."""
 
 
 # ---------------------------------------------------------------- files that are whole or not there
 
 
-def sync(path: Path) -> None:
-    """A file or a folder's list of names onto the disk, in case the power fails. Windows has no such call."""
-    if os.name != "nt":
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file that is the old one until it is the whole new one."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
-
-
 def checksums(folder: Path) -> dict[str, str]:
     """Of the files that hold tensors."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
-    return {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+    return {path.name: fingerprint([path.read_bytes()]) for path in files}
 
 
 def save_adapter(
@@ -77,8 +63,7 @@ def save_adapter(
         model.save_pretrained(new)
         if optimizer is not None:
             torch.save(optimizer.state_dict(), new / "optimizer.pt")
-            state = state | checksums(new)
-            (new / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+            write_json(new / "state.json", state | checksums(new))
         for path in (*new.iterdir(), new):
             sync(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,29 +95,48 @@ def new_folder(out: Path | None) -> Path:
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
     """One process at a time in a run folder; the lock goes with the process, however that ends."""
-    if os.name == "nt":  # which has no flock
-        yield
-        return
-    import fcntl
-
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is at work in {folder}: stop it, or wait for it.") from None
-        yield
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"Another process is at work in {folder}: stop it, or wait for it.") from None
 
 
-def read_config(folder: Path, names: list[str]) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """What a run wrote before anything else: its settings by name, their origin, what it works on."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return config | {name: config[name] for name in (*names, "origin", "weights")}
+        names = [*(f.name for f in fields(Config)), "origin", "weights"]
+        return config | {name: config[name] for name in names}
     except OSError:
         raise UserError(f"--resume {folder} holds no config.json: give the folder of a run.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not of a run of this program ({error!r}): begin a new run.") from None
+
+
+def write_config(
+    folder: Path, stored: dict[str, Any], cfg: Config, origin: dict[str, str], inputs: dict[str, str]
+) -> dict[str, str]:
+    """config.json of a new run; of a resumed one UserError if the inputs have changed. Returns the origins.
+
+    inputs: what the run works on, by `fingerprints`; stored: the config.json of a resumed run, else empty.
+    """
+    if not stored:
+        more = {"origin": origin, "versions": versions()}
+        write_json(folder / "config.json", asdict(cfg) | inputs | more)
+        return origin
+    refuse_difference(folder / "config.json", stored, inputs)
+    overridden = {name: "flag" for name in MEMORY if str(stored[name]) != str(getattr(cfg, name))}
+    return stored["origin"] | overridden
+
+
+def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config.json of a run, and the flags that continue it: its own, and those about memory if given."""
+    stored = read_config(folder)
+    overrides = {name: value for name, value in flags.items() if name in MEMORY}
+    refuse_difference(folder / "config.json", stored, {k: v for k, v in flags.items() if k not in MEMORY})
+    return stored, stored_flags(stored) | overrides
 
 
 def refuse_difference(where: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -145,13 +149,18 @@ def refuse_difference(where: Path, found: dict[str, Any], wanted: dict[str, Any]
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Of a model, from 64 numbers of each of its weights."""
-    crc = 0
+def weight_samples(model: nn.Module) -> Iterator[bytes]:
+    """64 numbers of each of a model's weights, for `fingerprint`."""
     for weight in (p.detach().flatten() for p in model.parameters()):
-        some = weight[:: max(1, len(weight) // 64)].contiguous().view(torch.uint8)
-        crc = zlib.crc32(some.cpu().numpy().tobytes(), crc)
-    return f"{crc:08x}"
+        sample = weight[:: max(1, len(weight) // 64)].contiguous().view(torch.uint8)
+        yield sample.cpu().numpy().tobytes()
+
+
+def fingerprints(model: nn.Module, *paths: Path | None) -> dict[str, str]:
+    """What a run works on, for its config.json: the model's weights, and each file or folder that exists."""
+    there = [path for path in paths if path and path.exists() and str(path) not in ("scenes", "coco")]
+    weights = {"weights": fingerprint(weight_samples(model))}
+    return weights | {f"{path} as of": fingerprint(file_stats(path)) for path in there}
 
 
 def versions() -> dict[str, str]:
@@ -234,9 +243,18 @@ def open_metrics(folder: Path, steps: int) -> tuple[TextIO, list[dict]]:
     return path.open("a", encoding="utf-8"), known
 
 
-def interrupt(number: int, frame: Any) -> None:
-    """A SIGTERM as what Ctrl-C is."""
-    raise KeyboardInterrupt
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """Inside, a SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 class Interruption:

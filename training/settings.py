@@ -1,17 +1,16 @@
 """Every setting of a run: what it is, what the paper has, and where its value comes from."""
 
-import argparse
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from data import SOURCES, UserError
-from paper.variants import IMITATION, REWARDS
-from prompts import Family
+from files.errors import FlagParser, UserError, model_folder, require_file
 
-FORMAT = argparse.RawTextHelpFormatter
 MEMORY = ("rollout_batch", "micro_batch", "recompute")  # may change when a run is resumed
-LOSSES = ("token_mean", "grpo", "dr_grpo", *IMITATION)
+LOSSES = ("token_mean", "grpo", "dr_grpo")
+SOURCES = ("object", "random", "large", "text")  # those of data.py, which takes seconds to import
+FRAMES = ("resized", "relative1000")  # those of prompts.py
 
 
 def setting(default: Any, note: str, choices: tuple = (), low: float = 0, high: float = 1e9) -> Any:
@@ -49,17 +48,14 @@ class Config:
     warmup: float = setting(0.05, "share of the optimizer steps that warm up; paper", high=1)
     weight_decay: float = setting(0.01, "AdamW's; paper")
     max_grad_norm: float = setting(1.0, "clipping of the gradient norm; paper")
-    loss: str = setting(
-        "token_mean", "GRPO by how tokens are averaged, or imitation; paper: token_mean", LOSSES
-    )
-    reward: str = setting("iou", "what is rewarded; paper: iou, the others are controls", REWARDS)
+    loss: str = setting("token_mean", "how tokens are averaged; paper: token_mean", LOSSES)
     kl: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "the ratio's lower clip; paper's framework")
     clip_high: float = setting(0.3, "the ratio's upper clip; paper's framework")
     dual_clip: float = setting(3.0, "the ratio's bound at negative advantages; paper's framework", low=1)
     alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
-    lora_rank: int = setting(16, "rank of the adapter; 0: the text layers' own linear maps; ours")
-    box_frame: str | None = setting(None, "coordinates of the model's boxes", ("resized", "relative1000"))
+    lora_rank: int = setting(16, "rank of the adapter; ours", low=1)
+    box_frame: str | None = setting(None, "coordinates of the model's boxes", FRAMES)
     load_in_4bit: bool | None = setting(None, "NF4 weights; default where CUDA is; ours")
     seed: int = setting(0, "of cues, adapter and sampling; ours")
     kl_limit: float = setting(1.0, "mean KL of a step, nats a token, above which there is a warning; ours")
@@ -75,7 +71,7 @@ PRESETS = {
 }
 
 
-def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, str]]:
+def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]:
     """Settings and where each came from: flag, else preset, else the family's row, else default."""
     preset = PRESETS[flags.get("preset", "")]
     names = ("prompts", "lr", "max_new_tokens", "micro_batch", "recompute", "box_frame")
@@ -91,37 +87,45 @@ def resolve(flags: dict[str, Any], family: Family) -> tuple[Config, dict[str, st
             raise UserError(f"{flag} {value} cannot be: give a number from {low} to {high}.")
     if cfg.prompts % cfg.updates:
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
-    if cfg.reward in ("shuffled", "questions") and cfg.data != "scenes":
-        raise UserError(f"--reward {cfg.reward} needs scenes, which --data {cfg.data} has not: use iou.")
-    if cfg.lora_rank == 0 and family.template != "short":
-        raise UserError("--lora-rank 0 trains all weights, of the embedded model only: give a rank.")
-    if cfg.loss in IMITATION:
-        if flags.get("kl") or (cfg.loss == "sft" and cfg.reward != "iou"):
-            raise UserError(f"--loss {cfg.loss} imitates: leave out --kl, and with sft --reward.")
-        cfg.kl, origin["kl"] = 0.0, f"loss {cfg.loss}"
     return cfg, origin
 
 
 def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]:
-    """The flags that were given, by the name of their field of Config."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=FORMAT, allow_abbrev=False)
+    """The flags that were given, by the name of their field of Config; UserError where a file is missing.
+
+    Our own argparse from the dataclass: HfArgumentParser takes over a second to import, knows no booleans of
+    three states, and hides which flags were given.
+    """
+    parser = FlagParser(description=about)
     for f in fields(Config):
         note = f.metadata["note"] + ("" if f.default is None else f" (default {f.default})")
-        ways: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
+        ways: dict[str, Any] = {"help": note, "default": SUPPRESS}
         if "bool" in str(f.type):
-            ways["action"] = argparse.BooleanOptionalAction
+            ways["action"] = BooleanOptionalAction
         else:
             ways["type"] = next(t for t in (int, float, Path, str) if t.__name__ in str(f.type))
             ways["choices"] = f.metadata["choices"] or None
         parser.add_argument(f"--{f.name.replace('_', '-')}", **ways)
     resume = "folder of a run that was stopped: goes on with it, by the same settings"
-    parser.add_argument("--resume", type=Path, default=argparse.SUPPRESS, help=resume)
+    parser.add_argument("--resume", type=Path, default=SUPPRESS, help=resume)
     dry = "the largest step twice, and its peak memory; without a GPU a prediction of it"
-    parser.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=dry)
-    return vars(parser.parse_args(arguments))
+    parser.add_argument("--dry-run", action="store_true", default=SUPPRESS, help=dry)
+    flags = vars(parser.parse_args(arguments))
+    require_files(flags)
+    return flags
 
 
-def print_settings(cfg: Config, family: Family, origin: dict[str, str]) -> None:
+def require_files(flags: dict[str, Any]) -> None:
+    """UserError for the first file or folder among the flags that does not exist."""
+    for name in ("images", "annotations", "exclude", "expressions", "resume"):
+        require_file(f"--{name}", flags.get(name), folder=name in ("images", "resume"))
+    model_folder(flags.get("model", "tiny"))
+    data = flags.get("data", "scenes")
+    if data not in ("scenes", "coco") and not Path(data).is_dir():
+        raise UserError(f"--data {data} is neither scenes, coco nor a folder of images: no such folder.")
+
+
+def print_settings(cfg: Config, family: Any, origin: dict[str, str]) -> None:
     """Every resolved value and where it came from."""
     for f in fields(Config):
         print(f"{f.name:>16} = {getattr(cfg, f.name)!s:<12} {origin[f.name]}")
@@ -129,7 +133,7 @@ def print_settings(cfg: Config, family: Family, origin: dict[str, str]) -> None:
         print(f"{name:>16} = {getattr(family, name)!s:<12} model family")
 
 
-def begun_settings(config: dict[str, Any]) -> dict[str, Any]:
+def stored_flags(config: dict[str, Any]) -> dict[str, Any]:
     """The settings in a run's config.json as flags, by which it resolves to the same Config again."""
     arguments = []
     for f in fields(Config):

@@ -15,7 +15,7 @@ from evaluation.attention import (
     looking,
     touched_cells,
 )
-from evaluation.heldout import Scores
+from evaluation.scores import Scores
 from policy import collate, group_mask
 from prompts import BoxFrame
 

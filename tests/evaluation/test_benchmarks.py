@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import UserError
 from evaluation.benchmarks import BENCHMARKS, aggregate, choice_of, judge, read_samples, yes_no
+from files.errors import UserError
 from prompts import BoxFrame
 
 ROOT = Path(__file__).parents[2]

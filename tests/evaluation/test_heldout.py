@@ -8,18 +8,11 @@ import pytest
 import torch
 from random_models import noise, random_policy
 
-from data import CueConfig, FolderCues, SceneCues, UserError
-from evaluation import heldout
-from evaluation.heldout import (
-    Scores,
-    box_score,
-    cue_summary,
-    held_out,
-    paired,
-    question_summary,
-    table,
-    thing_of,
-)
+from data import CueConfig, FolderCues, SceneCues
+from evaluation import heldout, reply_cache
+from evaluation.heldout import box_score, cue_summary, held_out, question_summary, thing_of
+from evaluation.scores import Scores, paired, table
+from files.errors import UserError
 from prompts import FAMILIES, BoxFrame
 from tiny import scenes
 from tiny.scenes import Question
@@ -94,7 +87,7 @@ def test_samples_of_one_group_count_as_one():
 
 def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
     held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 5)
-    plain, real, sizes = list(heldout.answers(policy, held.cue_items, 8)), heldout.rollout, []
+    plain, real, sizes = list(reply_cache.answers(policy, held.cue_items, 8)), reply_cache.rollout, []
 
     def small(policy, batch, *rest):
         sizes.append(len(batch.items))
@@ -102,8 +95,8 @@ def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(policy, batch, *rest)
 
-    monkeypatch.setattr(heldout, "rollout", small)
-    got = list(heldout.answers(policy, held.cue_items, 8, batch=3))
+    monkeypatch.setattr(reply_cache, "rollout", small)
+    got = list(reply_cache.answers(policy, held.cue_items, 8, batch=3))
     assert sizes == [3, 1, 1, 1, 2, 1, 1]
     expected = [text for text, _ in plain]
     expected[3] = None

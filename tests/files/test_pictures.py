@@ -14,8 +14,10 @@ from PIL import Image
 from random_models import noise
 
 import locus_mini
-from data import CocoCues, CueConfig, FolderCues, UserError
-from files.pictures import LeftOut, Photos, Unfit, index_coco, load_image
+from data import CocoCues, CueConfig, FolderCues
+from files.coco import index_coco
+from files.errors import UserError
+from files.pictures import LeftOut, Photos, Unfit, load_image
 
 SIZE = (320, 240)
 

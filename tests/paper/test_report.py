@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data import CueConfig, SceneCues, UserError
+from data import CueConfig, SceneCues
+from files.errors import UserError
 from paper import report, reproduce
 from paper.claims import CLAIMS, POINTLESS, bands_apart, contrast, template_iou, verdict
 

@@ -6,22 +6,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_models import prompts
+from random_models import prompts, random_policy
 
 import locus_mini
-from data import CueConfig, SceneCues, UserError, encode_cue
+from data import CueConfig, SceneCues, encode_cue
 from evaluation.heldout import thing_of
-from locus_mini import grpo_loss, sft_loss, token_weights
+from files.errors import UserError
+from locus_mini import Example, grpo_loss, token_weights
 from models import add_lora, load_adapter, load_policy
-from paper.variants import all_weights, best_answers, encode_task, question_of, score_group, true_answers
+from paper.variants import (
+    VARIANTS,
+    all_weights,
+    best_answers,
+    main,
+    question_of,
+    sft_loss,
+    true_answers,
+    variant_flags,
+)
 from policy import Rollout, collate, rollout, texts, token_logps
-from prompts import FAMILIES
 from reward import reward
 from tiny import scenes
 from training.run_folder import save_adapter
 from training.settings import Config, resolve
 
-CUES = SceneCues(CueConfig(), "train", 5)
+CUES, CFG = SceneCues(CueConfig(), "train", 5), Config()
 SMALL = ["--steps", "3", "--prompts", "4", "--eval-cues", "6", "--show-every", "0"]
 
 
@@ -40,9 +49,9 @@ def test_sft_is_the_mean_negative_log_probability_of_what_is_imitated():
     logps = -torch.rand(3, 1, 5, dtype=torch.float64)
     mask = torch.arange(5) < torch.tensor([5, 2, 4])[:, None, None]
     weights = token_weights(mask.double(), "sft", float(mask.sum()), 3.0, 40)
-    loss = sft_loss(logps, torch.ones(3, 1), weights)
+    loss = sft_loss(logps, logps, None, torch.ones(3, 1), weights, Config())[0]
     assert loss.item() == pytest.approx(-logps[mask].mean().item(), abs=1e-12)
-    none = sft_loss(logps, torch.tensor([[0.0], [1.0], [0.0]]), weights)
+    none = sft_loss(logps, logps, None, torch.tensor([[0.0], [1.0], [0.0]]), weights, Config())[0]
     assert none.item() == pytest.approx(-logps[1, 0, :2].sum().item() / 11, abs=1e-12)
 
 
@@ -50,7 +59,7 @@ def test_imitation_has_the_gradient_of_grpo_where_every_answer_is_as_good_as_any
     """At ratio 1 and A = 1 the surrogate's gradient is that of log π."""
     logps = (-torch.rand(2, 1, 4, dtype=torch.float64)).requires_grad_()
     weights = torch.rand(2, 1, 4, dtype=torch.float64)
-    sft_loss(logps, torch.ones(2, 1), weights).backward()
+    sft_loss(logps, logps, None, torch.ones(2, 1), weights, Config())[0].backward()
     imitated, logps.grad = logps.grad, None
     old = logps.detach().clone()
     grpo_loss(logps, old, None, torch.ones(2, 1, dtype=torch.float64), weights, Config(kl=0.0))[0].backward()
@@ -84,14 +93,12 @@ def test_sft_ends_with_the_stop_token_and_hides_its_padding(tiny, some):
 def test_imitating_raises_the_probability_of_the_true_answers(some, tiny):
     policy = add_lora(load_policy("tiny"), 4)
     items, cues = some
-    cfg, _ = resolve({"loss": "sft", "lr": 2e-3}, policy.tools.family)
+    cfg, _ = resolve(variant_flags("sft", {"lr": 2e-3}), policy.tools.family)
     roll = true_answers(policy, items, cues)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
     ones = torch.ones(len(items), 1)
-    losses = [
-        locus_mini.update_policy(policy, optimizer, [(collate(policy, items), roll, ones, None)], cfg)["loss"]
-        for _ in range(6)
-    ]
+    passes = [(collate(policy, items), roll, ones, None)]
+    losses = [locus_mini.optimizer_step(policy, optimizer, passes, cfg, sft_loss)["loss"] for _ in range(6)]
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -108,12 +115,12 @@ def test_the_best_answer_of_each_group_is_kept():
 def test_random_rewards_ignore_the_answer_and_repeat(tiny, some):
     items, cues = some
     perfect = f"<think> x</think><answer>{items[0].frame.to_text(cues[0].box)}</answer>"
-    good = score_group([perfect] * 4, items[0], cues[0], 7, "random", 0.1)
-    bad = score_group(["nothing"] * 4, items[0], cues[0], 7, "random", 0.1)
+    good = VARIANTS["random"].task.score([perfect] * 4, Example(7, cues[0], items[0]), CFG)
+    bad = VARIANTS["random"].task.score(["nothing"] * 4, Example(7, cues[0], items[0]), CFG)
     assert [r.total for r in good] == [r.total for r in bad]
     assert len({r.total for r in good}) == 4
     assert good[0].iou > 0.95 and bad[0].iou == 0, "what is logged stays the true overlap"
-    other = score_group([perfect] * 4, items[0], cues[0], 8, "random", 0.1)
+    other = VARIANTS["random"].task.score([perfect] * 4, Example(8, cues[0], items[0]), CFG)
     assert [r.total for r in other] != [r.total for r in good]
 
 
@@ -122,7 +129,7 @@ def test_a_shuffled_target_pays_for_another_thing(tiny, some):
     for i, (item, cue) in enumerate(zip(items, cues)):
         boxes = [cue.box, *(t.box for t in cue.scene.things if t != thing_of(cue))]
         answers = [f"<think> x</think><answer>{item.frame.to_text(box)}</answer>" for box in boxes]
-        scored = score_group(answers, item, cue, i, "shuffled", 0.1)
+        scored = VARIANTS["shuffled"].task.score(answers, Example(i, cue, item), CFG)
         best = max(range(len(boxes)), key=lambda g: scored[g].total)
         assert best != 0 and scored[best].total > 0.9
         assert scored[0].iou > 0.95 and scored[0].total < 0.2
@@ -135,10 +142,10 @@ def test_questions_are_rewarded_by_their_answer_on_the_full_image_alone(tiny):
         question = question_of(cue, i)
         kinds.add(question.kind)
         assert question == question_of(cue, i) and question in scenes.questions(cue.scene)
-        item = encode_task(tiny.tools, cue, i, "object", "questions")
+        item = VARIANTS["questions"].task.encode(tiny.tools, cue, i, CFG)
         assert len(item.pictures) == 1
         answers = [f"<think> x</think><answer> {question.answer}</answer>", "<answer> nonsense</answer>"]
-        right, wrong = score_group(answers, item, cue, i, "questions", 0.1)
+        right, wrong = VARIANTS["questions"].task.score(answers, Example(i, cue, item), CFG)
         assert (right.total, right.iou, wrong.total) == (1.0, 1.0, 0.0)
     assert kinds == {"place", "attribute"}
 
@@ -152,8 +159,8 @@ def test_training_all_weights_leaves_the_reference_as_it_was(tmp_path, some):
     roll = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
     before = token_logps(policy, batch, roll.tokens, roll.mask)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
-    cfg, _ = resolve({"lora_rank": 0}, policy.tools.family)
-    locus_mini.update_policy(policy, optimizer, [(batch, roll, torch.tensor([[1.0, -1.0]] * 6), None)], cfg)
+    cfg, _ = resolve({}, policy.tools.family)
+    locus_mini.optimizer_step(policy, optimizer, [(batch, roll, torch.tensor([[1.0, -1.0]] * 6), None)], cfg)
     with torch.no_grad():
         after = token_logps(policy, batch, roll.tokens, roll.mask)
         with policy.reference():
@@ -167,40 +174,42 @@ def test_training_all_weights_leaves_the_reference_as_it_was(tmp_path, some):
 
 
 def test_all_weights_are_for_the_embedded_model_alone():
-    with pytest.raises(UserError, match="--lora-rank 0"):
-        resolve({"lora_rank": 0}, FAMILIES["qwen2_5_vl"])
+    policy = random_policy("qwen2_5_vl")
+    with pytest.raises(UserError, match="all_weights"):
+        all_weights(policy)
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        "--loss sft",
-        "--loss best",
-        "--reward random",
-        "--reward shuffled",
-        "--reward questions",
-        "--lora-rank 0 --lr 1e-4",
+        "sft",
+        "best",
+        "random",
+        "shuffled",
+        "questions",
+        "all_weights --lr 1e-4",
     ],
 )
 def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, monkeypatch):
     """Two steps and, after a stop, a third are three steps."""
     for name in ("whole", "halved"):
-        arguments = ["x", "--out", str(tmp_path / name), *SMALL, "--save-every", "2", *extra.split()]
+        variant, *flags = extra.split()
+        arguments = ["x", variant, "--out", str(tmp_path / name), *SMALL, "--save-every", "2", *flags]
         monkeypatch.setattr(sys, "argv", arguments)
         if name == "halved":
             usual = locus_mini.train_step
 
-            def stopped(policy, optimizer, cues, step, cfg, ready, usual=usual):
+            def stopped(policy, optimizer, cues, step, *rest, usual=usual):
                 if step == 2:
                     raise KeyboardInterrupt
-                return usual(policy, optimizer, cues, step, cfg, ready)
+                return usual(policy, optimizer, cues, step, *rest)
 
             with monkeypatch.context() as patch:
                 patch.setattr(locus_mini, "train_step", stopped)
                 with pytest.raises(SystemExit):
-                    locus_mini.main()
-            monkeypatch.setattr(sys, "argv", ["x", "--resume", str(tmp_path / name)])
-        locus_mini.main()
+                    main()
+            monkeypatch.setattr(sys, "argv", ["x", variant, "--resume", str(tmp_path / name)])
+        main()
     files = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "halved")]
     assert files[0].read_bytes() == files[1].read_bytes()
     last = json.loads((tmp_path / "halved" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -208,23 +217,30 @@ def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "names"),
+    ("name", "flags"),
     [
-        ({"loss": "sft", "kl": 0.1}, "--loss sft"),
-        ({"loss": "sft", "reward": "random"}, "--loss sft"),
-        ({"loss": "best", "kl": 0.1}, "--loss best"),
-        ({"reward": "shuffled", "data": "coco"}, "--reward shuffled"),
-        ({"reward": "questions", "data": "photos"}, "--reward questions"),
+        ("sft", {"kl": 0.1}),
+        ("best", {"kl": 0.1}),
+        ("shuffled", {"data": "coco"}),
+        ("questions", {"data": "photos"}),
     ],
 )
-def test_controls_that_make_no_sense_are_refused(flags, names):
-    with pytest.raises(UserError, match=names):
-        resolve(flags, FAMILIES["tiny"])
+def test_variants_that_make_no_sense_are_refused(name, flags):
+    with pytest.raises(UserError, match=name):
+        variant_flags(name, flags)
 
 
-def test_imitation_goes_without_the_kl_and_says_so():
-    cfg, origin = resolve({"loss": "best"}, FAMILIES["tiny"])
-    assert cfg.kl == 0 and origin["kl"] == "loss best"
+def test_imitation_goes_without_the_kl():
+    assert variant_flags("best", {})["kl"] == variant_flags("sft", {"kl": 0.0})["kl"] == 0
+    assert "kl" not in variant_flags("random", {})
+
+
+@pytest.mark.parametrize("words", [[], ["sfd"]])
+def test_an_unknown_variant_names_the_known_ones(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "shuffled" in capsys.readouterr().err
 
 
 def test_a_group_of_one_random_model_answers_is_imitated(policy):
@@ -232,8 +248,8 @@ def test_a_group_of_one_random_model_answers_is_imitated(policy):
     items = prompts(policy, 3)
     roll = rollout(policy, collate(policy, items), 4, 10, torch.Generator().manual_seed(1))
     kept, better = best_answers(roll, torch.rand(3, 4, generator=torch.Generator().manual_seed(2)))
-    cfg = Config(loss="best", kl=0.0, prompts=3, max_new_tokens=10, lr=0.01)
+    cfg = Config(kl=0.0, prompts=3, max_new_tokens=10, lr=0.01)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.01)
     share = [(collate(policy, items), kept, better, None)]
-    losses = [locus_mini.update_policy(policy, optimizer, share, cfg)["loss"] for _ in range(5)]
+    losses = [locus_mini.optimizer_step(policy, optimizer, share, cfg, sft_loss)["loss"] for _ in range(5)]
     assert losses[-1] < losses[0]

@@ -17,10 +17,13 @@ from test_data import Corpus, an_id, exif_6, noise
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import CueConfig, UserError, encode_cue, open_cues
+from data import CueConfig, encode_cue, open_cues
+from files.errors import UserError
 from prompts import FAMILIES, Tools, prompt_text
-from reward import box_reward, compute_score, iou, parse_box, reward
+from reward import iou, parse_box, reward
+from scale import export
 from scale.export import EASYR1_PIXELS, QWEN, Target, easyr1_size, export_cues, find_target
+from scale.rewards import box_reward, compute_score
 from tiny import architecture
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +34,7 @@ GOOD = "<think> left</think><answer>[10, 20, 50, 80]</answer>"
 
 def test_easyr1_loads_the_reward_by_its_path():
     """As verl/workers/reward/function.py does: a module name of its own, the function by its name."""
-    spec = importlib.util.spec_from_file_location("custom_reward_fn", ROOT / "reward.py")
+    spec = importlib.util.spec_from_file_location("custom_reward_fn", ROOT / "scale" / "rewards.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["custom_reward_fn"] = module
     try:
@@ -100,10 +103,10 @@ def test_rewards_and_boxes_must_be_as_many():
 
 
 def run(monkeypatch, *typed: object) -> int:
-    """`python data.py export …` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["data.py", "export", *map(str, typed)])
+    """`python -m scale.export …` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["scale.export", *map(str, typed)])
     try:
-        data.main()
+        export.main()
     except SystemExit as stopped:
         return stopped.code
     return 0
@@ -402,7 +405,7 @@ def test_the_yaml_for_easyr1_has_the_papers_values():
     )
     assert sampled["val_override_config"] == {"temperature": 0.6, "top_p": 0.95, "n": 1}
     path, _, name = found["worker"]["reward"]["reward_function"].rpartition(":")
-    assert Path(path).name == "reward.py" and name == "compute_score"
+    assert path.endswith("scale/rewards.py") and name == "compute_score"
     assert (found["trainer"]["nnodes"], found["trainer"]["n_gpus_per_node"]) == (2, 8)
 
 

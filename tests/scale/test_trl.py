@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
 from data import Cue, CueConfig, SceneCues, encode_cue
-from locus_mini import group_advantages, update_policy
+from locus_mini import group_advantages, optimizer_step
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import box_frame
 from reward import reward
@@ -56,7 +56,7 @@ TWO = [
 def test_two_processes_train_and_the_adapter_loads_into_eval(tmp_path, steps, machines):
     """From one launch, and from two that take each other for other machines."""
     cues, out, launched = tmp_path / "cues", tmp_path / "out", []
-    run(sys.executable, "data.py", "export", cues, "--format", "trl", "--limit", 80)
+    run(sys.executable, "-m", "scale.export", cues, "--format", "trl", "--limit", 80)
     flags = f"--lora-rank 16 --prompts 8 --updates 1 --max_steps {steps} --learning_rate 7e-4 --use_cpu"
     train = ["scale.train_trl", cues, "--output_dir", out, "--max_completion_length", 40, *flags.split()]
     accelerate, cache = Path(sys.executable).with_name("accelerate"), str(tmp_path / "cache")
@@ -83,7 +83,7 @@ def test_accelerate_reads_the_configurations(name, processes):
 
 
 def test_rows_for_easyr1_pass_datasets(tmp_path):
-    run(sys.executable, "data.py", "export", tmp_path / "cues", "--format", "easyr1", "--limit", 5)
+    run(sys.executable, "-m", "scale.export", tmp_path / "cues", "--format", "easyr1", "--limit", 5)
     path, cache = str(tmp_path / "cues" / "train.jsonl"), str(tmp_path / "cache")
     data = load_dataset("json", data_files=path, split="train", cache_dir=cache)
     assert data.column_names == ["problem", "images", "answer"] and len(data) == 5
@@ -172,7 +172,7 @@ def our_step(recorded: tuple, old: torch.Tensor | None, **settings) -> tuple[flo
     policy, _, items, roll, _, advantages = recorded
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     batch = (collate(policy, items), roll, advantages, old)
-    metrics = update_policy(policy, optimizer, [batch], Config(prompts=4, max_new_tokens=40, **settings))
+    metrics = optimizer_step(policy, optimizer, [batch], Config(prompts=4, max_new_tokens=40, **settings))
     return metrics["loss"], gradient(policy.model), metrics["grad_norm"]
 
 

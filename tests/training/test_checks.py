@@ -6,7 +6,7 @@ from random_models import prompts, random_policy
 from torch import nn
 
 import policy as policy_module
-from data import UserError
+from files.errors import UserError
 from models import add_lora
 from policy import Policy, collate, rollout, token_logps
 from training.checks import self_check

@@ -15,7 +15,7 @@ import torch
 from random_models import noise
 
 import locus_mini
-from evaluation import heldout
+from evaluation import heldout, reply_cache
 from training import checks, run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -56,10 +56,10 @@ def halfway(tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     usual = locus_mini.train_step
 
-    def signalled(policy, optimizer, cues, step, cfg, ready):
+    def signalled(policy, optimizer, cues, step, *rest):
         if step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return usual(policy, optimizer, cues, step, cfg, ready)
+        return usual(policy, optimizer, cues, step, *rest)
 
     patch.setattr(locus_mini, "train_step", signalled)
     patch.setattr(sys, "argv", ["locus_mini.py", "--out", str(folder), *SMALL])
@@ -114,14 +114,14 @@ def test_memory_flags_may_change_when_a_run_goes_on(begun, monkeypatch, capsys):
 
 
 def test_the_base_is_not_asked_again(begun, monkeypatch, capsys):
-    asked, usual = [], heldout.answers
+    asked, usual = [], reply_cache.answers
 
     def counted(policy, items, *ways):
         items = list(items)
         asked.append(len(items))
         return usual(policy, items, *ways)
 
-    monkeypatch.setattr(heldout, "answers", counted)
+    monkeypatch.setattr(reply_cache, "answers", counted)
     code, said = in_process(monkeypatch, capsys, "--resume", begun)
     assert code == 0, said
     assert sum(asked) == 6 + 6 + 12 + 12, "cue search, finding, questions, and these suppressed, once"
@@ -361,7 +361,7 @@ class Evil:
 
 def test_a_pickle_in_a_checkpoint_is_never_run(begun, tmp_path, monkeypatch, capsys):
     with (begun / "checkpoints/step-000010/optimizer.pt").open("wb") as file:
-        pickle.dump(Evil(tmp_path / "was run"), file)
+        pickle.dump(Evil(tmp_path / "was run"), file, protocol=2)
     last = begun / "checkpoints/step-000010"
     edit(last / "state.json", **run_folder.checksums(last))
     code, said = in_process(monkeypatch, capsys, "--resume", begun)

@@ -18,7 +18,7 @@ from test_data import Corpus, an_id, looks, noise
 
 import data
 from data import CueConfig, open_cues
-from files import fetch
+from files import download
 from files.pictures import Unfit
 from training.settings import read_flags
 
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A COCO of 24 training and 4 held-out images, whose addresses are the server's."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    monkeypatch.setattr(download, "RETRY_PAUSES", [pause / 100 for pause in download.RETRY_PAUSES])
     corpus = Corpus(tmp_path)
     with Server(corpus.images) as server:
         for k in range(28):
@@ -243,8 +243,8 @@ def test_what_fails_for_a_moment_is_asked_again(server, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("case", LASTING)
 def test_what_cannot_be_had_is_counted_and_another_cue_drawn(server, tmp_path, monkeypatch, capsys, case):
     ways, times, why = LASTING[case]
-    monkeypatch.setattr(fetch, "MOST_BYTES", 1_000_000)
-    monkeypatch.setattr(fetch, "LONGEST", 0.2)
+    monkeypatch.setattr(download, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(download, "MAX_SECONDS", 0.2)
     noise(240, 327).save(server.folder / "turned.jpg")
     turned = (server.folder / "turned.jpg").read_bytes()
     server.ways["7.jpg"] = [turned] if ways == ["turned"] else ways
@@ -286,7 +286,7 @@ ADDRESSES += [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_that_is_none_is_why(address):
     with pytest.raises(Unfit):
-        fetch.ask(address)
+        download.fetch_bytes(address)
 
 
 def test_an_image_without_an_address_is_counted(server, tmp_path, monkeypatch, capsys):
