@@ -14,6 +14,7 @@ sign, the *opposite direction* if that holds the other way round, and else there
 
 import json
 import os
+import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -36,16 +37,17 @@ from files.errors import FlagParser, UserError, exit_on_error
 from locus_mini import learning_rate, train
 from models import load_policy
 from paper import report
+from paper.claims import collect, read_json
 from paper.variants import VARIANTS, variant_flags
 from policy import Policy
 from prompts import encode, prompt_text
-from tiny import build as tiny_build
+from tiny.build import Build
 from training.run_folder import at_work, refuse_difference, weight_samples
 from training.settings import Config, resolve
 
 HELD_OUT = 2026  # seed of the scenes that everything is measured on
 SEEDS = (11, 12, 13)
-THREE: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.py; with every seed
+ROWS_OF_EVERY_SEED: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.py
     "LOCUS": {},
     "random rewards": {"variant": "random"},
     "format reward only": {"alpha": 1.0},
@@ -57,31 +59,25 @@ THREE: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.
     "text cue": {"source": "text"},
     "random crop": {"source": "random"},
     "large crops": {"source": "large"},
-    "tiny:small 100:0": {"tiny_ratio": 1.0},
-    "tiny:small 60:40": {"tiny_ratio": 0.6},
-    "tiny:small 80:20": {"tiny_ratio": 0.8},
-    "tiny:small 90:10": {"tiny_ratio": 0.9},
+    **{f"tiny:small {tiny}:{100 - tiny}": {"tiny_ratio": tiny / 100} for tiny in (100, 60, 80, 90)},
 }
-ONE: dict[str, dict[str, Any]] = {  # with the first seed alone
+ROWS_OF_FIRST_SEED: dict[str, dict[str, Any]] = {
     "more pretraining, 1 to 4 things": {},
-    "KL 0": {"kl": 0.0},
-    "KL 0.01": {"kl": 0.01},
-    "KL 0.16": {"kl": 0.16},
-    "G = 2": {"group": 2},
-    "G = 4": {"group": 4},
-    "G = 16": {"group": 16},
-    "LoRA rank 4": {"lora_rank": 4},
-    "LoRA rank 64": {"lora_rank": 64},
+    **{f"KL {kl:g}": {"kl": kl} for kl in (0.0, 0.01, 0.16)},
+    **{f"G = {group}": {"group": group} for group in (2, 4, 16)},
+    **{f"LoRA rank {rank}": {"lora_rank": rank} for rank in (4, 64)},
     "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
     "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
 }
+FLAGS = ROWS_OF_EVERY_SEED | ROWS_OF_FIRST_SEED
+# What the base was built with, instead of cue search: numbers of things in a scene.
 PRETRAINING = {"more pretraining": 9 * (1,) + (2,), "more pretraining, 1 to 4 things": (1, 2, 3, 4)}
-LOOKED = ("base", "LOCUS", "text cue", "large crops")  # whose attention and grounding is measured: Figs. 2, 4
-
+LOOKED_AT = ("base", "LOCUS", "text cue", "large crops")  # attention and grounding are measured: Figs. 2, 4
+BATCH = 128  # prompts at a time
 
 # Every row and its seed: those that the claims need come first, seed by seed.
-PLAN = [("base", SEEDS[0]), *((name, seed) for seed in SEEDS for name in THREE)]
-PLAN += [(name, SEEDS[0]) for name in ONE]
+PLAN = [("base", SEEDS[0]), *((name, seed) for seed in SEEDS for name in ROWS_OF_EVERY_SEED)]
+PLAN += [(name, SEEDS[0]) for name in ROWS_OF_FIRST_SEED]
 
 # ---------------------------------------------------------------- one row
 
@@ -96,36 +92,37 @@ def held_scenes(n: int) -> HeldOut:
 
 def pretrain(policy: Policy, things: tuple[int, ...], cfg: Config, folder: Path) -> None:
     """As many steps of what the base model was built with, through the same adapter: eight turns a scene."""
-    build = tiny_build.Build(folder / "more", 0, cfg.seed)
+    build = Build(folder / "more", 0, cfg.seed)
     build.model = policy.whole
     build.draw_examples(things, max(100, cfg.steps * cfg.prompts // 100 * 100))
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=cfg.weight_decay)
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        loss, _ = build.finding_loss(tiny_build.random.Random(f"{cfg.seed}/{step}"), step, crop_share=1 / 3)
+        loss, _ = build.finding_loss(random.Random(f"{cfg.seed}/{step}"), step, crop_share=1 / 3)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
         optimizer.step()
 
 
-def look_too(policy: Policy, held: HeldOut, scores: Scores, longest: int) -> None:
+def add_looks(policy: Policy, held: HeldOut, scores: Scores, longest: int) -> None:
     """Attention and grounding of every question, into the scores."""
-    tools, asked = policy.tools, [q for _, q in held.asked]
-    pairs = list(zip(held.question_items, asked, strict=True))
-    finds = [encode(tools, prompt_text(tools.family, "text", text=q.name), i.pictures[0]) for i, q in pairs]
-    said = recall(policy, {}, "grounding", finds, (longest, 128))
-    add_grounding(scores, box_ious(said, [q.box for q in asked]), scores.samples["questions"], scores)
-    begun = [begin_answer(tools, item, beginning(q)) for item, q in pairs]
-    add_looking(scores, look(policy, {}, "looks", begun, [[q.box] for q in asked], 128))
+    tools, items, questions = policy.tools, held.question_items, [question for _, question in held.asked]
+    boxes = [question.box for question in questions]
+    texts = [prompt_text(tools.family, "text", text=question.name) for question in questions]
+    finds = [encode(tools, text, item.pictures[0]) for text, item in zip(texts, items, strict=True)]
+    replies = recall(policy, {}, "grounding", finds, (longest, BATCH))
+    add_grounding(scores, box_ious(replies, boxes), scores.samples["questions"], scores)
+    started = [begin_answer(tools, i, beginning(q)) for i, q in zip(items, questions, strict=True)]
+    add_looking(scores, look(policy, {}, "looks", started, [[box] for box in boxes], BATCH))
 
 
 def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     """Train, ask, and write row.json: summary, samples, training curve, seconds. Returns the accuracy."""
     torch.set_num_threads(1)
-    began, policy = time.monotonic(), load_policy("tiny")
-    flags = (THREE | ONE).get(name, {}) | dict(seed=seed, steps=steps, show_every=0)
+    start, policy = time.monotonic(), load_policy("tiny")
+    flags = {"seed": seed, "steps": steps, "show_every": 0} | FLAGS.get(name, {})
     variant = flags.pop("variant", "locus")
     task = VARIANTS[variant].task
     cfg, _ = resolve(variant_flags(variant, flags), policy.tools.family)
@@ -140,13 +137,13 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
             train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()}, task)
     held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_items=[])  # see Table 1
     scores = evaluate(policy, held, cfg.max_new_tokens)
-    if name in LOOKED:
-        look_too(policy, held, scores, cfg.max_new_tokens)
-    log = folder / "metrics.jsonl"
+    if name in LOOKED_AT:
+        add_looks(policy, held, scores, cfg.max_new_tokens)
+    log = folder / "metrics.jsonl"  # of what locus_mini.py's loop has trained
     lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
     row = {"summary": scores.summary, "samples": scores.samples}
     row["curve"] = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
-    write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - began)}})
+    write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - start)}})
     return scores.summary["questions"]["accuracy"]
 
 
@@ -154,22 +151,23 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
 
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
+    """A row's folder: its name with a hyphen for all that a file name may not hold, and its seed."""
     return out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
 
 
-def do_rows(out: Path, steps: int, n: int, jobs: int, some: list[tuple[str, int]]) -> None:
+def do_rows(out: Path, steps: int, n: int, jobs: int, rows: list[tuple[str, int]]) -> None:
     """The rows that are not done yet, `jobs` at a time."""
-    about, begun = {"steps": steps, "n": n, "held_out": HELD_OUT}, out / "settings.json"
-    about["weights"] = fingerprint(weight_samples(load_policy("tiny").whole))
-    if begun.exists():
-        refuse_difference(begun, json.loads(begun.read_text(encoding="utf-8")), about)
+    path, settings = out / "settings.json", {"steps": steps, "n": n, "held_out": HELD_OUT}
+    settings["weights"] = fingerprint(weight_samples(load_policy("tiny").whole))
+    if path.exists():
+        refuse_difference(path, read_json(path), settings)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(begun, about)
-    missing = [row for row in some if not (folder_of(out, *row) / "row.json").exists()]
+    write_json(path, settings)
+    missing = [row for row in rows if not (folder_of(out, *row) / "row.json").exists()]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the rows' processes
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, at_work(out):
         waiting = {pool.submit(do_row, *row, folder_of(out, *row), steps, n): row for row in missing}
-        bar = tqdm(total=len(some), initial=len(some) - len(missing), desc="rows", unit="row")
+        bar = tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", unit="row")
         try:
             for done in as_completed(waiting):
                 name, seed = waiting[done]
@@ -187,12 +185,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
     args = parser.parse_args()
     name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", 160, 1200)
-    home, rows = Path(__file__).parents[1], [row for row in PLAN if not args.quick or row[1] == SEEDS[0]]
-    out = home / "runs" / name
+    rows = [(row, seed) for row, seed in PLAN if seed == SEEDS[0] or not args.quick]
+    out = report.HERE.parent / "runs" / name
     with exit_on_error():
         do_rows(out, steps, n, max(1, args.jobs), rows)
-        folders = {row: folder_of(out, *row) for row in rows}
-        report.write(out if args.quick else Path(__file__).parent, folders)
+        results = out if args.quick else report.HERE
+        write_json(results / "RESULTS.json", collect({row: folder_of(out, *row) for row in rows}))
+        report.write(results)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_changed_data_refuse(tmp_path, monkeypatch, capsys):
     for i in range(30):
         noise((320, 240), i).save(tmp_path / f"{i}.png")
 
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(locus_mini, "train", stopped)
