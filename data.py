@@ -1,10 +1,15 @@
-"""Cues: from pictures to windows that the policy must find.
+"""Cues: from images to windows that the policy must find.
 
-A cue is a window of an image. The policy gets the full image and the window's crop, and must answer with the
-window's box. Cues come from COCO boxes, from any folder of images, or from the embedded world (scenes.py).
+A cue is a window of an image. The policy gets the full image and the window's crop, and must answer with
+the window's box. Cues come from COCO boxes, a folder of images, or the embedded world (tiny/scenes.py).
 
     python data.py show [--data scenes|coco|DIR] [--source object|random|large|text] [--out cues.png]
     python data.py fetch DIR --annotations FILE --limit N     only the COCO images that the first N cues use
+
+What differs from a typical data set:
+- The target is the crop window itself, after padding, scaling and clipping, not the object's box.
+- There is no epoch. Cue i depends on (split, seed, i) alone, so a resumed run neither repeats nor skips any.
+- Scaling moves windows between size classes. So the class is drawn first, then windows until one has it.
 """
 
 import json
@@ -14,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
@@ -22,7 +26,7 @@ from files import download
 from files.coco import index_coco, read
 from files.errors import FlagParser, UserError, exit_on_error
 from files.pictures import NARROWEST, LeftOut, Photos, open_folder
-from prompts import Encoded, Tools, encode, prompt_text
+from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
 from tiny import scenes
 from tiny.scenes import Scene
@@ -36,19 +40,19 @@ class CueConfig:
 
     source: str = "object"  # one of SOURCES
     tiny_ratio: float = 0.7  # share of tiny cues; the rest is small
-    padding: tuple[float, float] = (0.0, 0.1)  # of a tiny object's sides, all around
-    scale: tuple[float, float] = (0.8, 2.0)  # of a tiny object's window [A]: of the window, not of the pixels
+    padding: tuple[float, float] = (0.0, 0.1)  # of a tiny object's sides, on each side
+    scale: tuple[float, float] = (0.8, 2.0)  # of a tiny object's window: the window, not the crop's pixels
     min_side: int = 16  # pixels of the full image
 
 
 @dataclass
 class Cue:
-    image: Image.Image  # the full one, RGB
+    image: Image.Image  # the full image, RGB
     box: Box  # (x1, y1, x2, y2) in its pixels: the crop window itself
     size: str  # tiny | small | large
-    text: str | None = None  # what is in the window, if that is known
-    scene: Scene | None = None  # where the image was drawn from, if it was
-    name: str | None = None  # of the image's file below its folder, if it has one
+    text: str | None = None  # description of what is in the window, if there is one
+    scene: Scene | None = None  # the scene that the image shows, if it is one
+    name: str | None = None  # path of the image's file below its folder, if it has one
 
     @property
     def crop(self) -> Image.Image:
@@ -58,7 +62,7 @@ class Cue:
 
 
 def size_class(box: Box, width: int, height: int) -> str:
-    """tiny below 1 % of the image, small to 5 %, large above 10 %, and medium between."""
+    """tiny below 1 % of the image's area, small to 5 %, large above 10 %, and medium between them."""
     share = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     return "tiny" if share < 0.01 else "small" if share <= 0.05 else "large" if share > 0.1 else "medium"
 
@@ -66,34 +70,43 @@ def size_class(box: Box, width: int, height: int) -> str:
 def sample_cue_box(
     rng: random.Random, object_box: Box, width: int, height: int, cfg: CueConfig
 ) -> Box | None:
-    """An object's window in whole pixels, scaled if tiny, 16 px at least.
+    """An object's crop window in whole pixels (Table 9); None where there can be none.
 
-    None if nothing of the object is inside the image, or the window is too narrow for image processors.
+    >>> sample_cue_box(random.Random(0), (100, 100, 300, 250), 640, 480, CueConfig())  # not tiny: kept
+    (100, 100, 300, 250)
+    >>> sample_cue_box(random.Random(0), (100, 100, 120, 110), 640, 480, CueConfig())  # tiny: × 2.0
+    (90, 95, 130, 115)
     """
+    # Annotations can reach beyond the image; only what is visible counts.
     x1, y1, x2, y2 = object_box
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    if not (x1 < x2 and y1 < y2):  # also where a NaN stands
+    if not (x1 < x2 and y1 < y2):  # "not" catches a NaN too
         return None
-    grow = 1.0
+    # Only tiny objects are padded and scaled; larger windows hold enough context as they are.
+    factor = 1.0
     if size_class((x1, y1, x2, y2), width, height) == "tiny":
-        grow = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
+        factor = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
     edges = []
     for low, high, limit in ((x1, x2, width), (y1, y2, height)):
-        half = max(grow * (high - low), cfg.min_side) / 2
+        # A crop needs 16 px a side to show anything; near an edge the window moves inward to have them.
+        half = max(factor * (high - low), cfg.min_side) / 2
         start = max(0, min(round((low + high) / 2 - half), limit - cfg.min_side))
         end = min(limit, max(round((low + high) / 2 + half), start + cfg.min_side))
         edges.append((start, end))
     (x1, x2), (y1, y2) = edges
+    # Image processors refuse what is longer than 200 times its width.
     return (x1, y1, x2, y2) if max(x2 - x1, y2 - y1) <= NARROWEST * min(x2 - x1, y2 - y1) else None
 
 
-def sample_random_box(rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, hold=None):
-    """A window of a size class anywhere in the image (Table 7), or around `hold`; None if it does not fit."""
+def sample_random_box(
+    rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, must_contain: Box | None = None
+) -> Box | None:
+    """A window of a size class anywhere in the image (Table 7), or around a box; None if it does not fit."""
     low, high = {"tiny": (0.001, 0.01), "small": (0.01, 0.05), "large": (0.1, 0.3)}[size]
     area, aspect = rng.uniform(low, high) * width * height, 2 ** rng.uniform(-1, 1)
     w = max(cfg.min_side, round((area * aspect) ** 0.5))
     h = max(cfg.min_side, round((area / aspect) ** 0.5))
-    x1, y1, x2, y2 = (round(v) for v in hold or (width, height, 0, 0))  # the latter allows every place
+    x1, y1, x2, y2 = (round(v) for v in must_contain or (width, height, 0, 0))  # without one: any place
     x_range, y_range = (max(0, x2 - w), min(width - w, x1)), (max(0, y2 - h), min(height - h, y1))
     if x_range[0] > x_range[1] or y_range[0] > y_range[1]:
         return None
@@ -101,98 +114,94 @@ def sample_random_box(rng: random.Random, width: int, height: int, size: str, cf
     return (x, y, x + w, y + h) if size_class((x, y, x + w, y + h), width, height) == size else None
 
 
-def shown(box: Box, window: Box) -> float:
-    """The share of a box that is inside a window."""
-    width = max(0, min(box[2], window[2]) - max(box[0], window[0]))
-    height = max(0, min(box[3], window[3]) - max(box[1], window[1]))
-    return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
+# ---------------------------------------------------------------- cues from scenes, COCO and folders
 
 
 @dataclass(frozen=True)
 class Cues:
-    """Endless cues; the i-th depends on (split, seed, i) alone, so resuming neither replays nor skips."""
+    """An endless sequence of cues; `left_out` counts annotations and images that cannot be used."""
 
     cfg: CueConfig
     split: str
     seed: int
-    draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None where the size class is missed
+    draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None where the window is of another class
     origin: str = "the scenes"
-    left_out: tuple[LeftOut, ...] = ()  # of the annotations at once, of the images as they are opened
+    left_out: tuple[LeftOut, ...] = ()  # annotations are counted at once, images when they are opened
 
     def __getitem__(self, index: int) -> Cue:
         rng, cfg = random.Random(f"{self.split}/{self.seed}/{index}"), self.cfg
         size = "large" if cfg.source == "large" else "tiny" if rng.random() < cfg.tiny_ratio else "small"
-        cues = (self.draw(rng, size, cfg) for _ in range(5000))
-        if (cue := next(filter(None, cues), None)) is None:
-            why = "".join(f"; {part}" for part in self.left_out if part.reasons)
-            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}{why}: add images.")
+        draws = (self.draw(rng, size, cfg) for _ in range(5000))
+        if (cue := next(filter(None, draws), None)) is None:
+            reasons = "".join(f"; {part}" for part in self.left_out if part.reasons)
+            message = f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}{reasons}: add images."
+            raise UserError(message)
         return cue
 
 
-def SceneCues(cfg: CueConfig, split: str, seed: int, things: tuple[int, int] = (12, 16)) -> Cues:
-    """Cues from the embedded world; its tiny things are near the least window, so they are not scaled."""
+def scene_cues(cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, int] = (12, 16)) -> Cues:
+    """Cues from the embedded world; its tiny objects are near the least window, so they are not scaled."""
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        scene = scenes.draw_layout(rng, rng.randint(*things))
-        thing, side = rng.choice(scene.things), scenes.SIDE
+        scene, side = scenes.draw_layout(rng, rng.randint(*num_objects)), scenes.SIDE
+        target = rng.choice(scene.objects)
         if cfg.source in ("object", "text"):
-            box = sample_cue_box(rng, thing.box, side, side, replace(cfg, scale=(1.0, 1.0)))
+            box = sample_cue_box(rng, target.box, side, side, replace(cfg, scale=(1.0, 1.0)))
         else:
-            box = sample_random_box(rng, side, side, size, cfg, thing.box if cfg.source == "large" else None)
+            must_contain = target.box if cfg.source == "large" else None
+            box = sample_random_box(rng, side, side, size, cfg, must_contain)
         if box is None or size_class(box, side, side) != size:
             return None
-        # Nobody could say where a crop of plain background is from; COCO's random crops have texture.
-        if cfg.source == "random" and max(shown(t.box, box) for t in scene.things) < 0.05:
+        # A crop of plain background could be from anywhere; COCO's random crops have texture.
+        if cfg.source == "random" and max(scenes.visible_fraction(o.box, box) for o in scene.objects) < 0.05:
             return None
-        name = None if cfg.source == "random" else thing.name
+        name = None if cfg.source == "random" else target.name
         return Cue(scenes.render(scene), box, size, name, scene)
 
     return Cues(cfg, f"scenes-{split}", seed, draw)
 
 
-def CocoCues(
-    annotations: Path,
-    images: Path,
-    cfg: CueConfig,
-    split: str,
-    seed: int,
-    exclude: Path | None = None,
-    expressions: Path | None = None,
-    photos: Photos | None = None,
-) -> Cues:
-    """Cues from COCO's boxes; training and held-out cues never share an image, opened when drawn."""
+def coco_cues(
+    annotations: Path, images: Path, cfg: CueConfig, split: str, seed: int, exclude: Path | None = None,
+    expressions: Path | None = None, photos: Photos | None = None,
+) -> Cues:  # fmt: skip
+    """Cues from COCO's boxes; training and held-out cues never share an image.
+
+    exclude: a file of image ids to leave out; expressions: JSON of texts by annotation id; photos: what opens
+    the images, when a cue is drawn.
+    """
     if not images.is_dir():
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
     if exclude is None:
         print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
     excluded = read("exclude", exclude, "list of image ids", lambda text: set(map(int, text.split())))
     texts = read("expressions", expressions, "JSON of texts by id", lambda t: dict(json.loads(t or "[]")))
-    ways = dict(split=split, excluded=excluded, texts=texts, need_text=cfg.source == "text")
-    index = partial(index_coco, name=str(annotations), **ways)
-    boxes, left_out = read("annotations", annotations, "COCO instances JSON", index)
-    if not boxes:
-        why = "; ".join(map(str, left_out))
-        raise UserError(f"--annotations {annotations} leaves no {split} cue ({why}): give another.")
+    options = dict(split=split, excluded=excluded, texts=texts, need_text=cfg.source == "text")
+    index = partial(index_coco, name=str(annotations), **options)
+    objects, left_out = read("annotations", annotations, "COCO instances JSON", index)
+    if not objects:
+        reasons = "; ".join(map(str, left_out))
+        raise UserError(f"--annotations {annotations} leaves no {split} cue ({reasons}): give another.")
     for part in left_out:
         part.warn()
-    files = len({one.name for one in boxes})
-    photos = photos or Photos(images, LeftOut(f"{split} images in {images}", files))
+    num_files = len({item.name for item in objects})
+    photos = photos or Photos(images, LeftOut(f"{split} images in {images}", num_files))
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        one = rng.choice(boxes)
+        item = rng.choice(objects)
         if cfg.source == "random":
-            box, text = sample_random_box(rng, *one.size, size, cfg), None
+            box, text = sample_random_box(rng, *item.size, size, cfg), None
         else:
-            box, text = sample_cue_box(rng, one.box, *one.size, cfg), one.text
-        fits = box and size_class(box, *one.size) == size
-        image = photos.open(one.name, one.size) if fits else None
-        return image and Cue(image, box, size, text, name=one.name)
+            box, text = sample_cue_box(rng, item.box, *item.size, cfg), item.text
+        fits = box and size_class(box, *item.size) == size
+        image = photos.open(item.name, item.size) if fits else None
+        return image and Cue(image, box, size, text, name=item.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
 
 
-def FolderCues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
-    """Random windows of one's own images; one image in ten is held out."""
+def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
+    """Random windows of the images in a folder; one image in ten is held out."""
     names, photos = open_folder(folder, split)
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
@@ -209,23 +218,26 @@ def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Path | 
     if not 0 <= cfg.tiny_ratio <= 1:
         raise UserError(f"--tiny-ratio {cfg.tiny_ratio} is no share: give 0 to 1.")
     if data == "scenes":
-        return SceneCues(cfg, split, seed)
+        return scene_cues(cfg, split, seed)
     if data == "coco":
         if not (files.get("annotations") and files.get("images")):
             raise UserError("--data coco needs --annotations FILE and --images DIR.")
-        return CocoCues(cfg=cfg, split=split, seed=seed, **files)
+        return coco_cues(cfg=cfg, split=split, seed=seed, **files)
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is neither scenes, coco nor a folder of images.")
     if cfg.source not in ("object", "random"):
         raise UserError(f"--source {cfg.source} needs boxes, but --data {data} has none: use random.")
-    return FolderCues(Path(data), cfg, split, seed)
+    return folder_cues(Path(data), cfg, split, seed)
 
 
-def encode_cue(tools: Tools, cue: Cue, source: str) -> Encoded:
+def encode_cue(processor: Processor, cue: Cue, source: str) -> EncodedPrompt:
     """The training prompt of a cue: image and crop, or for the text cue (Table 5) image and description."""
     if source == "text":
-        return encode(tools, prompt_text(tools.family, "text", text=cue.text), cue.image)
-    return encode(tools, prompt_text(tools.family, "cue"), cue.image, crop=cue.crop)
+        return encode(processor, prompt_text(processor.family, "text", text=cue.text), cue.image)
+    return encode(processor, prompt_text(processor.family, "cue"), cue.image, crop=cue.crop)
+
+
+# ---------------------------------------------------------------- command line
 
 
 def contact_sheet(cues: Cues, n: int) -> Image.Image:
@@ -244,21 +256,14 @@ def contact_sheet(cues: Cues, n: int) -> Image.Image:
     return sheet
 
 
-def show_sheet(cfg: CueConfig, n: int, out: Path, **where: Any) -> None:
-    if n < 1:
-        raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
-    contact_sheet(open_cues(**where, split="train", cfg=cfg), n).save(out)
-    print(out)
-
-
 def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: Path | None) -> None:
-    """Download what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
+    """Downloads what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
     if min(limit, heldout) < 1:
         raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
     downloads = download.open_downloads(files["images"], files["annotations"])
     cues = open_cues("coco", "train", seed, cfg, photos=downloads, **files)
-    unseen = open_cues("coco", "heldout", 0, CueConfig(), photos=downloads, **files)
-    parts = ((cues, limit), (unseen, heldout))
+    heldout_cues = open_cues("coco", "heldout", 0, CueConfig(), photos=downloads, **files)
+    parts = ((cues, limit), (heldout_cues, heldout))
     download.download_images(downloads, lambda: [part[i] for part, n in parts for i in range(n)])
     flags = files | {"source": cfg.source, "tiny-ratio": cfg.tiny_ratio, "seed": seed}
     print(download.training_command(downloads, limit, heldout, flags))
@@ -283,14 +288,21 @@ def main() -> None:
     show.add_argument("--images", type=Path, help="of COCO")
     show.add_argument("--n", type=int, default=12, help="how many")
     show.add_argument("--out", type=Path, default=Path("cues.png"))
-    get = commands.add_parser("fetch", parents=[cue_flags()], help="download only what the first cues use")
-    get.add_argument("images", metavar="DIR", type=Path, help="where to; what is there is kept")
-    get.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
-    get.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    fetch = commands.add_parser("fetch", parents=[cue_flags()], help="download what the first cues use")
+    fetch.add_argument("images", metavar="DIR", type=Path, help="where to; existing images are kept")
+    fetch.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
+    fetch.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     with exit_on_error():
-        {"show": show_sheet, "fetch": fetch_images}[command](cfg, **args)
+        if command == "fetch":
+            fetch_images(cfg, **args)
+        elif (n := args.pop("n")) < 1:
+            raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
+        else:
+            out = args.pop("out")
+            contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
+            print(out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
-"""Before and after: what a model finds, answers and looks at, on pictures that it was not trained on.
+"""Before and after: what a model finds, answers and attends to, on images that it was not trained on.
 
     python eval.py scenes [--adapter runs/NAME/adapter]              every table, on the embedded world
     python eval.py cues --data coco --annotations FILE --images DIR  cue search on held-out photos
     python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (evaluation/)
     python eval.py ask IMAGE QUESTION [--adapter …]                  both answers, and where each model looks
 
-With an adapter, base and adapted model answer the same prompts in one load: the adapter is off, then on. What
-was answered stands in answers.jsonl, batch by batch, so a run that was killed goes on where it stopped.
+What differs from a typical evaluation script:
+- Base and adapted model answer the same prompts in one load: the adapter is off, then on. So every change is
+  a paired difference with a standard error.
+- Replies are greedy, by the rollout's own loop: checkpoints ship sampling settings that generate() would use.
+- Each reply is a line of answers.jsonl at once, so a killed run continues where it stopped.
+- Where memory runs out, a sample is an error and not a wrong answer.
 """
 
 import argparse
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,200 +65,204 @@ def read_flags() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # --help, a wrong flag and a missing file answer before torch takes its seconds
+if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags()
 
 import torch
 
-from data import CueConfig, SceneCues, open_cues
-from evaluation.attention import (
-    BANDS,
-    add_grounding,
-    add_looking,
-    attention_maps,
-    begin_answer,
-    box_ious,
-    look,
-)
-from evaluation.heldout import Made, baselines, evaluate, held_out
+from data import CueConfig, open_cues, scene_cues
+from evaluation import attention
+from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
 from evaluation.scores import ROWS, Scores, compare, paired, table
-from evaluation.session import Run, open_run
+from evaluation.session import Session, open_session
 from files.disk import write_json
-from files.pictures import Unfit, load_image
+from files.pictures import UnusableImage, load_image
 from models import load_adapter, load_policy
-from prompts import PROMPTS, Encoded, Tools, encode, prompt_text
-from tiny.scenes import Question, keep_only, render
-from training.pictures import draw_cues, draw_looking
+from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
+from tiny.scenes import keep_only, render
+from training.pictures import draw_attention, draw_cues
 
-TABLE = {
+TABLE = {  # row of the printed table: list of samples
     "right, asked directly": "direct",
     "right, asked to think": "think",
-    "right, suppressed": "black",
-} | ROWS
-TABLE |= {f"answers at base's {band}": band for band in BANDS}
-TABLE |= {"found (IoU ≥ 0.5)": "found", "found but misread": "misread", "not found and wrong": "not found"}
-TABLE |= {"Attention-in-Box": "aib", "  by chance": "chance", "Peak-in-Box": "peak"}
+    "right, rest blacked out": "black",
+    **ROWS,
+    **{f"answers at base's {band}": band for band in attention.BANDS},
+    "found (IoU ≥ 0.5)": "found",
+    "found but misread": "misread",
+    "not found and wrong": "not found",
+    "Attention-in-Box": "aib",
+    "  by chance": "chance",
+    "Peak-in-Box": "peak",
+}
 
 
-def heat_map(run: Run, titles: list, images: list, items: list, boxes: list) -> None:
-    """Where each model looks, base beside adapted, as attention.png."""
-    maps = []
+def draw_heat_maps(
+    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts: list, names: list
+) -> None:
+    """attention.png: a row per image, a column per model; prompts: for each model those of all images."""
+    columns = []
     try:
-        for _, switch in run.sides:
-            with switch():
-                maps.append([attention_maps(run.policy, [item])[0].mean(0) for item in items])
+        for _, model_prompts in zip(session.each_model(), prompts, strict=True):
+            columns.append([attention.attention_maps(session.policy, [p])[0].mean(0) for p in model_prompts])
     except torch.OutOfMemoryError:
-        print("The memory is too small for attention.png: give a smaller picture.", file=sys.stderr)
+        print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
         return
-    draw_looking(list(zip(titles, images, boxes, zip(*maps), strict=True)), run.folder / "attention.png")
+    rows = list(zip(titles, images, boxes, zip(*columns), strict=True))
+    draw_attention(rows, names, session.folder / "attention.png")
+
+
+def evaluate_models(session: Session, held: HeldOutSet, extra: Callable | None = None) -> tuple[list, dict]:
+    """The scores of each model on held-out cues, and their summaries; extra(name, scores, base) adds more."""
+    scored, results, (longest, batch) = [], {}, session.generation_limits()
+    for name in session.each_model():
+        scored.append(evaluate(session.policy, held, longest, name, session.cache, batch))
+        if extra:
+            extra(name, scored[-1], scored[0])
+        results[name] = scored[-1].summary
+    boxes = [scores.boxes for scores in scored]
+    draw_cues(held.cues, boxes[0], boxes[1] if len(boxes) > 1 else None, session.folder / "before_after.png")
+    return scored, results
+
+
+def finish(scored: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
+    """Prints the table; returns the results, for two models with the change of every list of samples."""
+    print(table(*scored, rows=TABLE))
+    return results | ({"change": compare(*scored)} if len(scored) > 1 else {})
 
 
 # ---------------------------------------------------------------- the embedded world
 
 
-def beginning(question: Question) -> str:
-    """What the embedded model writes before the first token of its answer that hangs on the evidence."""
-    color, shape = question.name.split()
-    given = {"What shape": color, "What color": shape}.get(question.text[:10], f"{question.name}[")
-    return f"<think> {given}"
+def scenes_task(session: Session) -> dict[str, Any]:
+    """Cue search, finding, questions, context suppression, grounding and attention on scenes."""
+    policy, processor = session.policy, session.policy.processor
+    cues = scene_cues(CueConfig(), "heldout", session.args.seed)
+    held = build_heldout_set(policy, cues, session.args.n or 1000)
+    limits = session.generation_limits()
 
+    def analyse(name: str, scores: Scores, base: Scores) -> None:
+        attention.analyse_questions(policy, held, scores, base, session.cache, name, limits)
 
-def scenes_task(run: Run) -> dict[str, Any]:
-    """Cue search, finding, questions, suppression, grounding and attention on scenes."""
-    policy, tools = run.policy, run.policy.tools
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", run.args.seed), run.args.n or 1000)
-    asked, boxes = [q for _, q in held.asked], [[q.box] for _, q in held.asked]
-    finds, begun = [], []
-    for item, q in zip(held.question_items, asked, strict=True):
-        finds.append(encode(tools, prompt_text(tools.family, "text", text=q.name), item.pictures[0]))
-        begun.append(begin_answer(tools, item, beginning(q)))
-    scored, results, (longest, batch) = [], {}, run.ways()
-    for side, switch in run.sides:
-        with switch():
-            scored.append(scores := evaluate(policy, held, longest, side, run.known, batch))
-            ious = box_ious(run.ask(f"{side}/grounding", finds), [b for (b,) in boxes])
-            add_grounding(scores, ious, scores.samples["questions"], scored[0])
-            add_looking(scores, look(policy, run.known, f"{side}/looks", begun, boxes, batch))
-        results[side] = scores.summary
-    draw_cues(held.cues, *([s.boxes for s in scored] + [None])[:2], run.folder / "before_after.png")
-    images = [render(scene) for scene, _ in held.asked[:4]]
-    heat_map(run, [q.text for q in asked[:4]], images, begun[:4], boxes[:4])
+    scored, results = evaluate_models(session, held, analyse)
+    scenes, questions = zip(*held.scene_questions[:4])
+    titles, boxes = [question.text for question in questions], [[question.box] for question in questions]
+    prompts = [attention.prefixed_questions(processor, held, 4)] * len(scored)
+    draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
-        results["baselines"] = baselines(policy, held, longest, run.known)
-    return finish(run, scored, results)
+        results["baselines"] = baselines(policy, held, limits[0], session.cache)
+    return finish(scored, results)
 
 
-def finish(run: Run, scored: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
-    """The table on the screen, and for two models the change of every list of samples."""
-    print(table(*scored, rows=TABLE))
-    return results | ({"change": compare(*scored)} if len(scored) > 1 else {})
+# ---------------------------------------------------------------- photos: cue search, benchmarks, questions
 
 
-# ---------------------------------------------------------------- photos: cue search, benchmarks, one's own
-
-
-def cues_task(run: Run) -> dict[str, Any]:
+def cues_task(session: Session) -> dict[str, Any]:
     """Cue search on held-out photos (Table 10), in all and by size class."""
-    files = {name: getattr(run.args, name) for name in ("annotations", "images", "exclude")}
-    cues = open_cues(run.args.data, "heldout", 0, CueConfig(run.args.source), **files)
-    held, results, scored = held_out(run.policy, cues, run.args.n or 500), {}, []
-    longest, batch = run.ways()
-    for side, switch in run.sides:
-        with switch():
-            scored.append(evaluate(run.policy, held, longest, side, run.known, batch))
-        results[side] = scored[-1].summary
-    draw_cues(held.cues, *([s.boxes for s in scored] + [None])[:2], run.folder / "before_after.png")
+    args = session.args
+    files = {name: getattr(args, name) for name in ("annotations", "images", "exclude")}
+    cues = open_cues(args.data, "heldout", 0, CueConfig(args.source), **files)
+    scored, results = evaluate_models(session, build_heldout_set(session.policy, cues, args.n or 500))
     results["left_out"] = {part.what: dict(part.reasons) for part in cues.left_out}
-    return finish(run, scored, results)
+    return finish(scored, results)
 
 
-def benchmark_prompt(sample: Any, tools: Tools, think: bool = False, suppressed: bool = False) -> Encoded:
+def benchmark_prompt(
+    sample: Any, processor: Processor, think: bool = False, suppressed: bool = False
+) -> EncodedPrompt:
     """The prompt of a benchmark's Sample; suppressed: with everything but the evidence black (Table 1)."""
-    images = [keep_only(im, *sample.boxes) if suppressed else im for im in sample.images()]
+    images = [keep_only(image, *sample.boxes) if suppressed else image for image in sample.images()]
     if sample.kind == "box":
-        return encode(tools, prompt_text(tools.family, "text", think, text=sample.question), *images)
+        return encode(processor, prompt_text(processor.family, "text", think, text=sample.question), *images)
     options = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
     kind = "string" if sample.kind == "choice" and not options else sample.kind
-    text = prompt_text(tools.family, kind, think, question=sample.question, options=options)
-    return encode(tools, text, *images)
+    text = prompt_text(processor.family, kind, think, question=sample.question, options=options)
+    return encode(processor, text, *images)
 
 
-def benchmark_task(run: Run) -> dict[str, Any]:
-    """A published benchmark, by the same prompts before and after, with and without the think instruction."""
+def benchmark_task(session: Session) -> dict[str, Any]:
+    """A published benchmark: the same prompts before and after, with and without the think instruction."""
     from evaluation.benchmarks import BENCHMARKS, read_samples
 
-    task, samples = run.args.task, list(read_samples(run.args.task, Path(run.args.data)))
-    if run.args.n is not None and run.args.n < len(samples):  # of all parts of the file alike
-        samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), run.args.n))]
-    thinks = PROMPTS[run.tools.family.template]["think"] != ""
+    task, args = session.args.task, session.args
+    samples = list(read_samples(task, Path(args.data)))
+    if args.n is not None and args.n < len(samples):  # a random subset covers all parts of the file
+        samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), args.n))]
+    styles = ("direct", "think") if PROMPTS[session.processor.family.template]["think"] else ("direct",)
     scored, results = [], {}
-    for side, switch in run.sides:
+    for name in session.each_model():
         scored.append(scores := Scores({}, {}, []))
-        with switch():
-            for style in ("direct", "think") if thinks else ("direct",):
-                prompts = Made(partial(benchmark_prompt, tools=run.tools, think=style == "think"), samples)
-                said = run.ask(f"{side}/{style}", prompts, [s.id for s in samples], benchmark=True)
-                add_judged(scores, style, task, samples, said)
-            if any(sample.boxes for sample in samples) and samples[0].kind == "choice":
-                add_evidence(run, side, samples, scored)
-        results[side] = scores.summary
-    for style in ("direct", "think") if thinks else ("direct",):
+        for style in styles:
+            make = partial(benchmark_prompt, processor=session.processor, think=style == "think")
+            add_judged(session, scores, style, f"{name}/{style}", samples, make)
+        if any(sample.boxes for sample in samples) and samples[0].kind == "choice":
+            add_evidence(session, name, samples, scored)
+        results[name] = scores.summary
+    for style in styles:
         figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in scored)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
-    if thinks and len(scored) > 1:  # the paper's pairing: the instruction comes with training
-        pairing = (scored[0].samples["direct"], scored[1].samples["think"], scored[0].groups.get("direct"))
+    if len(styles) > 1 and len(scored) > 1:  # the paper's pairing: the instruction comes with training
+        base, adapted = scored
+        pairing = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
         results["direct to think"] = paired(*pairing)
-    return finish(run, scored, results)
+    return finish(scored, results)
 
 
-def add_judged(scores: Scores, name: str, task: str, samples: list, said: list) -> None:
-    """Judged replies into a model's scores; where memory ran out is an error, not a wrong answer."""
+def add_judged(
+    session: Session, scores: Scores, name: str, key: str, samples: list, make_prompt: Callable
+) -> None:
+    """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
     from evaluation.benchmarks import BENCHMARKS, aggregate, judge
 
+    prompts, ids = LazyList(make_prompt, samples), [sample.id for sample in samples]
     rows = []
-    for sample, (text, frame) in zip(samples, said, strict=True):
-        about = {"fields": sample.fields, "answer": sample.answer}
-        rows.append(None if text is None else judge(sample, text, frame) | about)
-    there = [row for row in rows if row is not None]
+    for sample, (text, frame) in zip(samples, session.generate(key, prompts, ids, True), strict=True):
+        fields = {"fields": sample.fields, "answer": sample.answer}
+        rows.append(None if text is None else judge(sample, text, frame) | fields)
+    judged = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
-    if "cycle_category" in BENCHMARKS[task].over:  # HR-Bench asks each question in several orders
+    if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders
         scores.groups[name] = [sample.question for sample in samples]
-    scores.summary[name] = (aggregate(task, there) if there else {}) | {"errors": len(rows) - len(there)}
+    figures = aggregate(session.args.task, judged) if judged else {}
+    scores.summary[name] = figures | {"errors": len(rows) - len(judged)}
 
 
-def add_evidence(run: Run, side: str, samples: list, scored: list[Scores]) -> None:
-    """Where a benchmark has the boxes of its evidence: suppression, attention, grounding of one object."""
-    scores, tools, shown = scored[-1], run.tools, [sample for sample in samples if sample.boxes]
+def add_evidence(session: Session, name: str, samples: list, scored: list[Scores]) -> None:
+    """Where a benchmark has boxes of its evidence: suppression, attention, grounding of single objects."""
+    scores, processor = scored[-1], session.processor
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
-    black = Made(partial(benchmark_prompt, tools=tools, suppressed=True), shown)
-    said = run.ask(f"{side}/suppressed", black, [s.id for s in shown], benchmark=True)
-    add_judged(scores, "black", run.args.task, shown, said)
-    direct = Made(partial(benchmark_prompt, tools=tools), shown)
-    boxes = [sample.boxes for sample in shown]
-    add_looking(scores, look(run.policy, run.known, f"{side}/looks", direct, boxes, 1))
-    single = [sample for sample in shown if len(sample.boxes) == 1 and sample.target]
-    find = partial(prompt_text, tools.family, "text", False)
-    finds = Made(lambda sample: encode(tools, find(text=sample.target), *sample.images()), single)
-    said = run.ask(f"{side}/grounding", finds, [s.id for s in single])
-    add_grounding(
-        scores, box_ious(said, [s.boxes[0] for s in single]), [right[s.id] for s in single], scored[0]
-    )
+    boxed = [sample for sample in samples if sample.boxes]
+    make = partial(benchmark_prompt, processor=processor)
+    add_judged(session, scores, "black", f"{name}/suppressed", boxed, partial(make, suppressed=True))
+    boxes = [sample.boxes for sample in boxed]
+    stats = (session.cache, f"{name}/looks", LazyList(make, boxed), boxes, 1)
+    attention.add_attention(scores, attention.measure_attention(session.policy, *stats))
+    single = [sample for sample in boxed if len(sample.boxes) == 1 and sample.target]
+    find = partial(prompt_text, processor.family, "text", False)
+    prompts = LazyList(lambda sample: encode(processor, find(text=sample.target), *sample.images()), single)
+    replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single])
+    ious = attention.box_ious(replies, [sample.boxes[0] for sample in single])
+    attention.add_grounding(scores, ious, [right[sample.id] for sample in single], scored[0])
 
 
-def ask_task(run: Run) -> dict[str, Any]:
-    """A question on a picture of one's own: both answers, and a heat-map of where each model looks."""
+def ask_task(session: Session) -> dict[str, Any]:
+    """A question about an image: each model's reply, and where it looks when it predicts its answer."""
     try:
-        image = load_image(run.args.image)
-    except Unfit as why:
-        raise UserError(f"{run.args.image} cannot be asked about, being {why}: give another.") from None
-    item, results = encode(run.tools, run.args.question, image), {}
-    for side, switch in run.sides:
-        with switch():
-            ((results[side], _),) = run.ask(side, [item], benchmark=True)
-        print(f"{side:>8}: {results[side] or 'the memory is too small for this picture'}")
-    heat_map(run, [run.args.question], [image], [item], [[]])
+        image = load_image(session.args.image)
+    except UnusableImage as error:
+        raise UserError(f"{session.args.image} cannot be used: it is {error}. Give another image.") from None
+    prompt, results = encode(session.processor, session.args.question, image), {}
+    prompts, names = [], []
+    for name, title in zip(session.each_model(), session.model_names):
+        ((reply, _),) = session.generate(name, [prompt], benchmark=True)
+        results[name] = reply
+        print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply}")
+        prefix, token = attention.before_answer(session.processor, reply or "")
+        prompts.append([attention.append_to_prompt(session.processor, prompt, prefix)])
+        names.append(f"{title}, predicting {token!r}")
+    draw_heat_maps(session, [session.args.question], [image], [[]], prompts, names)
     return results
 
 
@@ -262,16 +270,16 @@ def ask_task(run: Run) -> dict[str, Any]:
 
 
 def run_task(args: argparse.Namespace) -> None:
-    tasks: dict[str, Callable[[Run], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
+    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
-    run = open_run(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
-    results = tasks.get(args.task, benchmark_task)(run)
-    write_json(run.folder / "results.json", results)
-    print(f"results are in {run.folder}")
+    session = open_session(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
+    results = tasks.get(args.task, benchmark_task)(session)
+    write_json(session.folder / "results.json", results)
+    print(f"results are in {session.folder}")
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a Windows file of old has no ≥
+    sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
     with exit_on_error():
         run_task(read_flags())
 

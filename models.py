@@ -1,4 +1,12 @@
-"""From a name to a policy: a model loaded, in 4 bit where asked, its family recognised, an adapter added."""
+"""From a name to a policy: load a model, in 4 bit if asked, recognise its family, add an adapter.
+
+What differs from a typical QLoRA script:
+- No AutoProcessor (Qwen-VL's needs torchvision) and no prepare_model_for_kbit_training (it upcasts the
+  embeddings, the head and the vision tower to float32: 6.4 → 9.7 GiB on a 7B model).
+- The vision tower and lm_head stay in 16 bit. Only the language layers get an adapter, in float32: steps of
+  1e-6 are lost in bf16.
+- Gradient checkpointing is our own: transformers' needs train mode, which silently drops a rollout's cache.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -16,40 +24,40 @@ from torch.utils.checkpoint import checkpoint
 
 from files.errors import UserError, model_folder
 from policy import Policy
-from prompts import FAMILIES, Family, Tools, opening
+from prompts import FAMILIES, Family, Processor, opening
 
 # PEFT asks transformers for gradient checkpointing by a name that transformers 5 renames.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
-MIMO_WORDS = 151_680  # size of MiMo-VL's vocabulary, by which a renamed folder is recognised
+MIMO_VOCABULARY = 151_680  # the size by which a renamed folder of MiMo-VL is recognised
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """Where a model goes, and in which numbers: bf16 on a GPU that has it, else float16; CPU: float32."""
+    """bf16 on a GPU that has it, else float16; float32 on the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)  # older cards say yes, and emulate it
+    native = torch.cuda.is_bf16_supported(including_emulation=False)  # older cards emulate it, slowly
     return torch.device("cuda"), torch.bfloat16 if native else torch.float16
 
 
 def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
-    """The config of a folder or hub id, and the row of FAMILIES for it, with another box frame if given.
+    """The config of a model folder or hub id, and its row of FAMILIES, with another box frame if given.
 
-    MiMo-VL's architecture is Qwen2.5-VL's. UserError where the family, and so its box frame, is unknown.
+    UserError where the family, and so its box frame, is unknown.
     """
     try:
         config = hf.AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    kind = getattr(config, "locus_family", config.model_type)
-    if kind not in FAMILIES and frame is None:
-        raise UserError(f"--model {name} is of the unknown family {kind}: name its --box-frame.")
+    family_name = getattr(config, "locus_family", config.model_type)
+    if family_name not in FAMILIES and frame is None:
+        raise UserError(f"--model {name} is of the unknown family {family_name}: name its --box-frame.")
     last = Path(name).name.lower()
-    if kind == "qwen2_5_vl" and ("mimo" in last or config.text_config.vocab_size == MIMO_WORDS):
-        kind = "mimo_vl"
-    if kind == "qwen3_vl" and "thinking" in last:
-        kind = "qwen3_vl_thinking"
-    family = FAMILIES.get(kind, FAMILIES["qwen2_5_vl"])
+    if family_name == "qwen2_5_vl" and ("mimo" in last or config.text_config.vocab_size == MIMO_VOCABULARY):
+        family_name = "mimo_vl"  # the config is Qwen2.5-VL's
+    if family_name == "qwen3_vl" and "thinking" in last:
+        family_name = "qwen3_vl_thinking"
+    family = FAMILIES.get(family_name, FAMILIES["qwen2_5_vl"])
     return config, replace(family, box_frame=frame or family.box_frame)
 
 
@@ -58,80 +66,86 @@ def load_policy(
 ) -> Policy:
     """Model, tokenizer and image processor of a folder or hub id; 4-bit if asked (default: where CUDA is).
 
-    dtype: of what is not 4-bit, by default the device's. No AutoProcessor: Qwen-VL's needs torchvision.
-    UserError where the model cannot be had.
+    dtype: of what is not 4-bit (default: the device's). UserError where the model cannot be loaded.
     """
-    (_, family), folder, (device, usual) = read_family(name, frame), model_folder(name), device_and_dtype()
-    dtype, four = dtype or usual, device.type == "cuda" if load_in_4bit is None else load_in_4bit
+    (_, family), (device, device_dtype) = read_family(name, frame), device_and_dtype()
+    folder, dtype = model_folder(name), dtype or device_dtype
+    quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
     safe = dict(trust_remote_code=False)  # unset, transformers asks whether to run a model's own code
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
-    how = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if four else None)
-    how |= dict(attn_implementation="sdpa", use_safetensors=True)  # a pickle could run anything
+    kwargs = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if quantize else None)
+    # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. A pickle could run any code.
+    kwargs |= dict(attn_implementation="sdpa", use_safetensors=True)
     try:
         # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, device_map={"": device}, **how, **safe)
+        kwargs["device_map"] = {"": device}
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **kwargs, **safe)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, **safe)
-        processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
+        image_processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if (begun := opening(tokenizer)) and family == replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame):
+    prefix, qwen3 = opening(tokenizer), replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame)
+    if prefix and family == qwen3:  # a renamed Thinking model
         family = replace(FAMILIES["qwen3_vl_thinking"], box_frame=family.box_frame)
-    tools = Tools(tokenizer, processor, replace(family, opening=begun), "")
+    processor = Processor(tokenizer, image_processor, replace(family, opening=prefix), "")
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its repacked weights would pass no gradient on
+        # On such CPUs the first forward repacks 4-bit weights, and no gradient passes them any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return make_policy(model.eval().requires_grad_(False), tools, device)
+    return make_policy(model.eval().requires_grad_(False), processor, device)
 
 
-def make_policy(model: nn.Module, tools: Tools, device: torch.device) -> Policy:
-    """A policy around a loaded model: which tokens stop an answer, and which must never be part of one."""
-    config = model.config
-    tools.image_token = tools.tokenizer.convert_ids_to_tokens(config.image_token_id)
-    forbidden = torch.zeros(config.get_text_config().vocab_size, device=device)
-    forbidden[[config.image_token_id, config.video_token_id]] = -torch.inf
-    for proj in (module for module in model.modules() if isinstance(module, nn.Conv3d)):
-        proj.forward = partial(patch_product, proj)  # PyTorch's convolution takes several times as long
-    stops = model.generation_config.eos_token_id
-    stops = {tools.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    return Policy(model, tools, device, forbidden, torch.tensor(sorted(stops), device=device))
+def make_policy(model: nn.Module, processor: Processor, device: torch.device) -> Policy:
+    """A policy around a loaded model: which tokens end a completion, and which must never be sampled."""
+    config, tokenizer = model.config, processor.tokenizer
+    processor.image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    logit_bias = torch.zeros(config.get_text_config().vocab_size, device=device)  # [V]
+    # A sampled image token would make the next forward pass fail: it has no image.
+    logit_bias[[config.image_token_id, config.video_token_id]] = -torch.inf
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv3d)):
+        conv.forward = partial(patch_embedding, conv)
+    stop_ids = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])} - {None}
+    return Policy(model, processor, device, logit_bias, torch.tensor(sorted(stop_ids), device=device))
 
 
-def patch_product(proj: nn.Conv3d, patches: Tensor) -> Tensor:
-    """The convolution of patches [N, C, 2, p, p] as the one product that it is, [N, H]: none overlap."""
-    return F.linear(patches.flatten(1), proj.weight.flatten(1), proj.bias)
+def patch_embedding(conv: nn.Conv3d, patches: Tensor) -> Tensor:
+    """The convolution of patches [N, C, 2, p, p] as one matrix product, [N, H]: several times faster.
 
-
-def recompute_layers(policy: Policy) -> Policy:
-    """Gradient checkpointing of the text layers: they keep their inputs alone, and run again for gradients.
-
-    transformers' own needs train mode, and then drops the cache of a rollout without a word.
+    No two patches overlap, so each is multiplied by the whole kernel once.
     """
+    return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
-    def forward(usual: Callable, hidden: Tensor, *args: Any, **ways: Any) -> Any:
+
+def enable_gradient_checkpointing(policy: Policy) -> Policy:
+    """The text layers keep their inputs alone, and run again for gradients."""
+
+    def forward(original: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():  # never in a rollout, so never with a cache
-            return checkpoint(usual, hidden, *args, use_reentrant=False, **ways)
-        return usual(hidden, *args, **ways)
+            return checkpoint(original, hidden, *args, use_reentrant=False, **kwargs)
+        return original(hidden, *args, **kwargs)
 
-    for layer in policy.whole.model.language_model.layers:
+    for layer in policy.base_model.model.language_model.layers:
         layer.forward = partial(forward, layer.forward)
     return policy
 
 
 def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
-    """LoRA on the text layers, float32 (bf16 would not move at small steps); B = 0: no change yet."""
+    """A new LoRA adapter on the text layers, in float32. B is 0, so the policy starts as the reference."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=policy.tools.family.lora_targets)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=policy.processor.family.lora_targets)
     return replace(policy, model=get_peft_model(policy.model, config).eval())
 
 
 def load_adapter(policy: Policy, folder: Path) -> Policy:
-    """The policy with a trained adapter from a folder in PEFT's format."""
+    """The policy with a trained adapter from a folder in PEFT's format; UserError where it does not fit."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"--adapter {folder} holds no {name}: give the adapter folder of a run.")
     try:
         return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
     except (OSError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--adapter {folder} does not fit the model ({why}): give its own --model.") from None
+        reason = str(error).splitlines()[0]
+        message = f"--adapter {folder} does not fit the model ({reason}): give its own --model."
+        raise UserError(message) from None

@@ -1,11 +1,18 @@
-"""The multimodal model as a policy: roll out groups of answers, score them.
+"""The multimodal model as a policy: sample groups of completions, and score them.
 
-A group is G answers to one prompt, and the prompt (two images) is most of the tokens. So a prompt is one
-row, in the rollout and in every later pass: `[prompt | the tokens of all G answers]`, where a mask lets each
-answer see the prompt and itself, and positions start again after the prompt for every answer.
+What differs from a typical GRPO implementation:
+- A group is G completions of one prompt, and the prompt (two images) is most of the tokens. So a prompt is
+  one row, in the rollout and in every later pass: `[prompt | the tokens of all G completions]`. A mask lets
+  each completion see the prompt and itself, and positions restart after the prompt for every completion.
+- Sampling is our own loop. `generate()` reads hidden defaults (top_k, repetition_penalty) from the
+  checkpoint, and such defaults make rollouts greedy without a message.
+- The vision tower is frozen, so the features of an image are computed once.
+- Logits are computed for completion tokens only, a chunk at a time.
+
+Shapes: B prompts, G completions each, P prompt tokens, T completion tokens, H hidden size, V vocabulary.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,51 +27,51 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from files.errors import UserError
-from prompts import Encoded, Tools
+from prompts import EncodedPrompt, Processor
 
-LOGITS = 2**24  # numbers held at a time where answers are scored: 67 MB in float32
-FEW = 64  # tokens of a row that ask at a time, in a rollout
-PATCHES = 2**15  # of pictures that are seen at a time
+LOGIT_CHUNK_SIZE = 2**24  # logits that exist at once while completions are scored: 67 MB in float32
+MAX_DECODE_QUERIES = 64  # queries per row up to which attention shares its keys instead of copying them
+MAX_PATCHES_PER_PASS = 2**15  # image patches in one pass of the vision tower
 
 
 @dataclass
 class Policy:
-    """A model with what surrounds it."""
+    """A model, wrapped by PEFT or not, with everything that sampling and scoring need."""
 
-    model: Any  # the transformers model, or that model wrapped by peft
-    tools: Tools
+    model: Any
+    processor: Processor
     device: torch.device
-    forbidden: Tensor  # [V], added to logits: −inf for image and video tokens, which nothing could stand for
-    stop_ids: Tensor
+    logit_bias: Tensor  # [V]: −inf for image and video tokens, which have no features in a completion; else 0
+    stop_ids: Tensor  # tokens that end a completion
 
     @property
-    def whole(self) -> nn.Module:
-        """The transformers model with its lm_head; an adapter works in place, so it acts here too."""
+    def base_model(self) -> nn.Module:
+        """The transformers model with its lm_head. An adapter works in place, so it is active here too."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def reference(self):
-        """Context in which the policy is its own reference: the adapter is off."""
+    def reference(self) -> AbstractContextManager:
+        """Inside this context the policy is the reference model: its adapter is switched off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ways: Any
+def grouped_query_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """SDPA for transformers, in which the heads that share keys ask as one, if their questions are few.
+    """SDPA for transformers, in which the heads that share keys are queries of one head, if there are few.
 
-    query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. The usual way gives each of the A heads
-    a copy of its keys, which in a rollout is to write and read several times the cache for every token.
+    query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. transformers copies the keys for each
+    of the A heads, so every token of a rollout would write and read several times its cache.
     """
     (B, A, Q, D), share = query.shape, query.shape[1] // key.shape[1]
-    if attention_mask is None or Q > FEW or share == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **ways)
-    asked = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
+    if attention_mask is None or Q > MAX_DECODE_QUERIES or share == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
     mask = attention_mask.repeat(1, 1, share, 1)  # [B, 1, share·Q, L]
-    out = F.scaled_dot_product_attention(asked, key, value, mask, scale=ways.get("scaling"))
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scaling"))
     return out.reshape(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
 
 
-hf.AttentionInterface.register("sdpa", attend)
+hf.AttentionInterface.register("sdpa", grouped_query_attention)
 
 
 # ---------------------------------------------------------------- prompts in a batch
@@ -74,83 +81,98 @@ hf.AttentionInterface.register("sdpa", attend)
 class Batch:
     """B prompts, padded on the left to P columns."""
 
-    items: list[Encoded]
-    ids: Tensor  # [B, P]
-    segments: Tensor  # [B, P]: 0 prompt, −1 padding
-    positions: Tensor  # [3, B, P]: M-RoPE's t, h, w
-    start: Tensor  # [B]: position of the first answer token
+    prompts: list[EncodedPrompt]
+    input_ids: Tensor  # [B, P]
+    segment_ids: Tensor  # [B, P]: 0 for the prompt, −1 for padding
+    position_ids: Tensor  # [3, B, P]: M-RoPE's time, height, width
+    completion_start: Tensor  # [B]: position of the first completion token
 
 
 @torch.no_grad()
-def see(policy: Policy, items: list[Encoded]) -> None:
-    """Features of the pictures that have none yet. The vision tower is frozen: once is enough."""
-    new = list({id(p): p for item in items for p in item.pictures if p.features is None}.values())
-    if not new:
+def compute_image_features(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    """Fills in the features of the images that have none yet. The vision tower is frozen: once is enough."""
+    images = {id(image): image for prompt in prompts for image in prompt.images if image.features is None}
+    if not images:
         return
-    if len(items) > 1 and sum(len(picture.pixels) for picture in new) > PATCHES:
-        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-            see(policy, half)
+    if len(prompts) > 1 and sum(len(image.pixel_values) for image in images.values()) > MAX_PATCHES_PER_PASS:
+        for half in (prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]):
+            compute_image_features(policy, half)
         return
-    pixels = torch.cat([picture.pixels for picture in new]).to(policy.device)  # [patches, C·2·p·p]
-    grids = torch.stack([picture.grid for picture in new]).to(policy.device)  # [images, 3]
-    seen = policy.whole.model.get_image_features(pixels, grids)
-    layers = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-    for i, picture in enumerate(new):
-        # On the CPU: a step of many prompts would fill a GPU with them, and sending is cheap.
-        picture.features = [layer[i].cpu() for layer in layers]  # (1 + deepstack) × [cells, H]
-        picture.pixels = torch.empty(0)
+    pixel_values = torch.cat([image.pixel_values for image in images.values()])  # [patches, 3·2·patch·patch]
+    grids = torch.stack([image.grid_thw for image in images.values()])  # [images, 3]
+    vision = policy.base_model.model.get_image_features
+    output = vision(pixel_values.to(policy.device), grids.to(policy.device))
+    layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    for i, image in enumerate(images.values()):
+        # Kept on the CPU: those of a whole step would fill a GPU, and copying them back is cheap.
+        image.features = [layer[i].cpu() for layer in layers]  # (1 + deepstack) × [image tokens, H]
+        image.pixel_values = torch.empty(0)
 
 
-def collate(policy: Policy, items: list[Encoded]) -> Batch:
-    """Prompts as a left-padded batch, with explicit M-RoPE positions (those in a model may be stale)."""
-    see(policy, items)
-    length = max(len(item.ids) for item in items)
+def collate(policy: Policy, prompts: list[EncodedPrompt]) -> Batch:
+    """Prompts as a left-padded batch, with explicit M-RoPE positions (a model's cached ones may be stale)."""
+    compute_image_features(policy, prompts)
+    length = max(len(prompt.input_ids) for prompt in prompts)
 
-    def stack(rows: list[Tensor], value: int = 0) -> Tensor:
+    def pad(rows: list[Tensor], value: int = 0) -> Tensor:
         return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])  # [B, P]
 
-    ids = stack([item.ids for item in items], policy.tools.tokenizer.pad_token_id)
-    kinds, there = stack([item.kinds for item in items]), stack([torch.ones_like(item.ids) for item in items])
-    grids = torch.stack([picture.grid for item in items for picture in item.pictures])  # [images, 3]
-    rope = policy.whole.model.get_rope_index
-    positions, _ = rope(ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=there)  # [3, B, P]
-    start = positions.masked_fill(there[None] == 0, -1).amax((0, 2)) + 1  # [B]
-    return Batch(items, *(t.to(policy.device) for t in (ids, there - 1, positions, start)))
+    input_ids = pad([prompt.input_ids for prompt in prompts], policy.processor.tokenizer.pad_token_id)
+    token_types = pad([prompt.mm_token_type_ids for prompt in prompts])
+    attention_mask = pad([torch.ones_like(prompt.input_ids) for prompt in prompts])
+    grids = torch.stack([image.grid_thw for prompt in prompts for image in prompt.images])  # [images, 3]
+    position_ids, _ = policy.base_model.model.get_rope_index(
+        input_ids, mm_token_type_ids=token_types, image_grid_thw=grids, attention_mask=attention_mask
+    )  # [3, B, P]
+    # An image takes up fewer positions than tokens, so a completion starts after the largest one.
+    completion_start = position_ids.masked_fill(attention_mask[None] == 0, -1).amax((0, 2)) + 1  # [B]
+    tensors = (input_ids, attention_mask - 1, position_ids, completion_start)
+    return Batch(prompts, *(tensor.to(policy.device) for tensor in tensors))
 
 
-def group_mask(segments: Tensor, queries: int | None = None) -> Tensor:
-    """Who sees whom in rows `[prompt | answers]`: the prompt and oneself, never the future.
+def group_mask(segment_ids: Tensor, queries: int | None = None) -> Tensor:
+    """Which columns of a row `[prompt | completions]` each query may see: the prompt and its own past.
 
-    segments: [B, L], 0 where the prompt stands, g ≥ 1 for answer g, −1 for padding; the columns of different
-    answers may alternate. queries: how many of the last columns ask (default all). Result: bool [B, 1, Q, L].
+    segment_ids: [B, L]: 0 for the prompt, g ≥ 1 for completion g, −1 for padding; the columns of different
+    completions may alternate. queries: how many of the last columns are queries (default: all).
+    Returns a bool mask [B, 1, Q, L].
+
+    >>> group_mask(torch.tensor([[0, 1, 2, 1]]))[0, 0].int()  # a prompt token, then completions 1, 2, 1
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 0, 1, 0],
+            [1, 1, 0, 1]], dtype=torch.int32)
     """
-    asking = segments if queries is None else segments[:, -queries:]  # [B, Q]
-    keys, column = segments[:, None], torch.arange(segments.shape[1], device=segments.device)
-    row = column[-asking.shape[1] :, None]  # [Q, 1]
-    own = (keys == 0) | ((keys == asking[..., None]) & (keys > 0))  # [B, Q, L]
-    itself = column == row  # [Q, L]: also of padding, since a softmax over nothing is NaN
-    return ((own & (column <= row)) | itself)[:, None]
+    query_ids = segment_ids if queries is None else segment_ids[:, -queries:]  # [B, Q]
+    key_ids, column = segment_ids[:, None], torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    row = column[-query_ids.shape[1] :, None]  # [Q, 1]
+    # Every completion sees the prompt, and the columns of its own segment; padding belongs to none.
+    same_segment = (key_ids == query_ids[..., None]) & (key_ids > 0)  # [B, Q, L]
+    visible = (key_ids == 0) | same_segment  # [B, Q, L]
+    # Never the future.
+    visible = visible & (column <= row)  # [B, Q, L]
+    # Each token sees itself, padding included: a softmax over nothing would be NaN.
+    return (visible | (column == row))[:, None]
 
 
 def run_text(
-    policy: Policy, ids: Tensor, segments: Tensor, positions: Tensor, items=None, cache=None
-) -> Tensor:
-    """Last hidden states [B, Q, H] of the tokens ids [B, Q], the last Q columns of segments [B, L].
+    policy: Policy, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor,
+    prompts: list[EncodedPrompt] | None = None, cache: hf.Cache | None = None,
+) -> Tensor:  # fmt: skip
+    """Last hidden states [B, Q, H] of the tokens input_ids [B, Q], the last Q columns of segment_ids [B, L].
 
-    positions: [3, B, Q]. items: the prompts whose images stand in `ids`. cache: keys and values of the
-    columns before, which this call extends.
+    position_ids: [3, B, Q]. prompts: those whose images are in `input_ids`. cache: keys and values of the
+    earlier columns, which this call extends.
     """
-    seen = {}
-    if items is not None:
-        features = [[f.to(ids.device) for f in p.features] for item in items for p in item.pictures]
-        layers = list(zip(*features, strict=True))  # (1 + deepstack) × images × [cells, H]
-        seen["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
-    mask = group_mask(segments, ids.shape[1])
-    state = dict(past_key_values=cache, use_cache=cache is not None)
-    run = policy.whole.model(
-        ids, attention_mask=mask, position_ids=positions, mm_encoder_outputs=seen, **state
-    )
-    return run.last_hidden_state
+    encoded = {}
+    if prompts is not None:
+        features = [[f.to(input_ids.device) for f in image.features] for p in prompts for image in p.images]
+        layers = list(zip(*features, strict=True))  # (1 + deepstack) × images × [image tokens, H]
+        encoded["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
+    mask = group_mask(segment_ids, input_ids.shape[1])  # [B, 1, Q, L]
+    kwargs = dict(past_key_values=cache, use_cache=cache is not None, mm_encoder_outputs=encoded)
+    model = policy.base_model.model
+    return model(input_ids, attention_mask=mask, position_ids=position_ids, **kwargs).last_hidden_state
 
 
 # ---------------------------------------------------------------- rollout
@@ -158,130 +180,154 @@ def run_text(
 
 @dataclass
 class Rollout:
-    """G answers to each of B prompts, T tokens at most; an answer ends with its stop token, if it has one."""
+    """G completions of each of B prompts, T tokens at most; the stop token belongs to its completion."""
 
     tokens: Tensor  # [B, G, T]
-    mask: Tensor  # [B, G, T]: True up to and with the stop token
-    logps: Tensor  # [B, G, T]: log-probabilities when sampled, 0 outside the mask
-    stopped: Tensor  # [B, G]: False for an answer that was cut at the limit
+    mask: Tensor  # [B, G, T]: True up to and including the stop token
+    logps: Tensor  # [B, G, T]: log-probabilities at sampling time, 0 outside the mask
+    finished: Tensor  # [B, G]: False for a completion that was cut at the limit
 
-    def rows(self, some: slice) -> "Rollout":
-        return Rollout(self.tokens[some], self.mask[some], self.logps[some], self.stopped[some])
+    def select(self, rows: slice) -> "Rollout":
+        return Rollout(self.tokens[rows], self.mask[rows], self.logps[rows], self.finished[rows])
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
-        """Rollouts of several batches as one, padded to the longest answer of all."""
+        """The rollouts of several batches as one, padded to the longest completion."""
         longest = max(part.tokens.shape[2] for part in parts)
 
         def pad(tensor: Tensor) -> Tensor:
             return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor  # [B, G, T]
 
-        columns = zip(*((part.tokens, part.mask, part.logps, part.stopped) for part in parts), strict=True)
+        columns = zip(*((part.tokens, part.mask, part.logps, part.finished) for part in parts), strict=True)
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
-class Room(DynamicLayer):
-    """Keys and values of one layer with room for more: to append them would copy all for every token."""
+class PreallocatedCacheLayer(DynamicLayer):
+    """Keys and values of one layer, in memory for all columns: the library's would be copied every token."""
 
-    def __init__(self, columns: int):
+    def __init__(self, max_columns: int):
         super().__init__()
-        self.columns, self.used = columns, 0  # the most there will be, and how many there are
+        self.max_columns, self.length = max_columns, 0
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Takes those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
-        begin, end, self.is_initialized = self.used, self.used + keys.shape[2], True
-        if begin == 0 or end > self.keys.shape[2]:
-            (B, K, _, D), room = keys.shape, min(self.columns, 2 * end)
-            old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, room, D)
-            if begin > 0:
-                self.keys[:, :, :begin], self.values[:, :, :begin] = (part[:, :, :begin] for part in old)
-        self.keys[:, :, begin:end], self.values[:, :, begin:end], self.used = keys, values, end
+        """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
+        start, end, self.is_initialized = self.length, self.length + keys.shape[2], True
+        if start == 0 or end > self.keys.shape[2]:
+            (B, K, _, D), capacity = keys.shape, min(self.max_columns, 2 * end)
+            old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, capacity, D)
+            if start > 0:
+                self.keys[:, :, :start], self.values[:, :, :start] = (part[:, :, :start] for part in old)
+        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = keys, values, end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        return self.used
+        return self.length
 
 
 @torch.no_grad()
-def rollout(policy: Policy, batch: Batch, group: int, max_new_tokens: int, generator=None) -> Rollout:
-    """Sample `group` answers a prompt at temperature 1 and top-p 1; without a generator, decode greedily.
+def rollout(
+    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None
+) -> Rollout:
+    """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
 
-    The prompts are read once; then every step feeds the G newest tokens of a row together, so the cache holds
-    P + G·T columns a prompt: column P + t·G + g is token t of answer g, at position start + t.
+    The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the
+    cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g.
     """
-    segments, columns = batch.segments, batch.ids.shape[1] + group * max_new_tokens
-    layers = policy.whole.config.get_text_config().num_hidden_layers
-    cache = hf.Cache(layers=[Room(columns) for _ in range(layers)])
-    hidden = run_text(policy, batch.ids, segments, batch.positions, batch.items, cache)  # [B, P, H]
-    hidden = hidden[:, -1:].expand(-1, group, -1)  # [B, G, H]
-    alive = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
-    number = torch.arange(1, group + 1, device=policy.device)  # [G]
-    finite = torch.ones((), dtype=torch.bool, device=policy.device)
+    G, segment_ids = num_generations, batch.segment_ids
+    # Read the prompts once, and keep their keys and values in a cache with room for all completions.
+    columns = batch.input_ids.shape[1] + G * max_new_tokens
+    layers = policy.base_model.config.get_text_config().num_hidden_layers
+    cache = hf.Cache(layers=[PreallocatedCacheLayer(columns) for _ in range(layers)])
+    hidden = run_text(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
+    # All G completions start from the state of the last prompt token.
+    hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
+    unfinished = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
+    completion_ids = torch.arange(1, G + 1, device=policy.device)  # [G]
+    all_finite = torch.ones((), dtype=torch.bool, device=policy.device)
     steps = []
     for t in range(max_new_tokens):
-        logps = (policy.whole.lm_head(hidden).float() + policy.forbidden).log_softmax(-1)  # [B, G, V]
+        # In float32: a 16-bit softmax would round away most of the vocabulary.
+        logps = (policy.base_model.lm_head(hidden).float() + policy.logit_bias).log_softmax(-1)  # [B, G, V]
         if generator is None:
             token = logps.argmax(-1)  # [B, G]
         else:
-            finite = finite & hidden.isfinite().all()  # looked at in the end: a look waits for the GPU
-            chances = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; NaN would break a GPU
-            token = torch.multinomial(chances, 1, generator=generator).view_as(alive)
-        steps.append((token, alive, logps.gather(-1, token[..., None])[..., 0] * alive))
-        alive = alive & ~torch.isin(token, policy.stop_ids)
-        if t + 1 == max_new_tokens or not alive.any():
+            all_finite = all_finite & hidden.isfinite().all()  # read after the loop: that waits for the GPU
+            probs = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; a NaN would crash multinomial
+            token = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
+        steps.append((token, unfinished, logps.gather(-1, token[..., None])[..., 0] * unfinished))
+        # A stop token counts as part of its completion; later tokens of it do not.
+        unfinished = unfinished & ~torch.isin(token, policy.stop_ids)
+        if t + 1 == max_new_tokens or not unfinished.any():
             break
-        segments = torch.cat([segments, torch.where(alive, number, -1)], 1)  # [B, P + (t+1)·G]
-        positions = (batch.start + t)[None, :, None].expand(3, -1, group)  # [3, B, G]
-        hidden = run_text(policy, token, segments, positions, None, cache)  # [B, G, H]
-    if not finite:
-        why = "its weights are damaged, or need a card that has bfloat16"
-        raise UserError(f"The model's states are not finite in {hidden.dtype}: {why}.")
+        # A finished completion still fills its column, as padding that nothing sees.
+        segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_ids, -1)], 1)
+        position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
+        hidden = run_text(policy, token, segment_ids, position_ids, None, cache)  # [B, G, H]
+    if not all_finite:
+        reason = "its weights are damaged, or need a GPU that has bfloat16"
+        raise UserError(f"The model's hidden states are not finite in {hidden.dtype}: {reason}.")
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
-    return Rollout(tokens, mask, logps, ~alive)
+    return Rollout(tokens, mask, logps, ~unfinished)
 
 
-def texts(policy: Policy, roll: Rollout) -> list[list[str]]:
-    """The answers, B × G, as the reward reads them: with the family's opening, without special tokens."""
-    begun, decode = policy.tools.family.opening, policy.tools.tokenizer.decode
-    rows = zip(roll.tokens.cpu(), roll.mask.cpu(), strict=True)
-    return [[begun + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
+def decode_completions(policy: Policy, rollouts: Rollout) -> list[list[str]]:
+    """The completions' texts, B × G, as the reward reads them: after the template's opening."""
+    prefix, decode = policy.processor.family.opening, policy.processor.tokenizer.decode
+    rows = zip(rollouts.tokens.cpu(), rollouts.mask.cpu(), strict=True)
+    return [[prefix + decode(t[m], skip_special_tokens=True) for t, m in zip(*row)] for row in rows]
 
 
 # ---------------------------------------------------------------- scoring a group in one pass
 
 
 def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log π(token | before it) of G answers a prompt, [B, G, T], 0 outside the mask, in one packed pass.
+    """log π(token | the tokens before it) of G completions per prompt, [B, G, T], 0 outside the mask.
 
-    Row: the prompt, then the answers' tokens in the order in which they were sampled (token t of any answer
-    before token t + 1), without the columns that no longer live: P + Σ T_g columns, not G · (P + T).
+    One packed pass: a row is the prompt, then the completions' tokens in sampling order (token t of every
+    completion before token t + 1), without the columns of finished ones: P + Σ T_g columns, not G · (P + T).
+
+    >>> from data import CueConfig, encode_cue, scene_cues
+    >>> from models import load_policy
+    >>> policy, cue = load_policy("tiny"), scene_cues(CueConfig(), "train", 0)[0]
+    >>> batch = collate(policy, [encode_cue(policy.processor, cue, "object")])
+    >>> group = rollout(policy, batch, 2, 16, torch.Generator(policy.device).manual_seed(0))
+    >>> packed = token_logps(policy, batch, group.tokens, group.mask)
+    >>> alone = [token_logps(policy, batch, group.tokens[:, [g]], group.mask[:, [g]]) for g in range(2)]
+    >>> torch.allclose(packed, torch.cat(alone, 1), atol=1e-4)
+    True
     """
-    (B, G, T), P, device = tokens.shape, batch.ids.shape[1], tokens.device
+    (B, G, T), P, device = tokens.shape, batch.input_ids.shape[1], tokens.device
     tokens, mask = tokens.transpose(1, 2).flatten(1), mask.transpose(1, 2).flatten(1)  # [B, T·G]
-    number = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
+    completion_ids = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
     time = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
-    # A token is predicted from the one before: for t = 0 the prompt's last, then where token t − 1 landed.
-    landed = P + mask.cumsum(1) - 1  # [B, T·G]
-    before = torch.cat([torch.full((B, G), P - 1, device=device), landed[:, :-G]], 1)  # [B, T·G]
-    keep = torch.argsort(~mask, dim=1, stable=True)[:, : mask.sum(1).max()]  # [B, K]: living columns first
-    living, chosen = mask.gather(1, keep), tokens.gather(1, keep)  # [B, K]
-    ids = torch.cat([batch.ids, chosen.where(living, batch.ids[:, -1:])], 1)  # [B, P + K]
-    segments = torch.cat([batch.segments, torch.where(living, number[keep], -1)], 1)  # [B, P + K]
-    positions = (batch.start[:, None] + time[keep]).expand(3, B, -1)  # [3, B, K]
-    positions = torch.cat([batch.positions, positions], 2)  # [3, B, P + K]
-    hidden = run_text(policy, ids, segments, positions, batch.items)  # [B, P + K, H]
-    source = before.gather(1, keep)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
-    logps = chosen_logps(policy, hidden.gather(1, source)[living], chosen[living])  # [N], N the living tokens
+    # Packing drops the columns outside the mask, so token t of completion g moves to this column.
+    packed_index = P + mask.cumsum(1) - 1  # [B, T·G]
+    # A token is predicted one token earlier: at the prompt's last column for t = 0, else where t − 1 moved.
+    predicted_at = torch.cat([torch.full((B, G), P - 1, device=device), packed_index[:, :-G]], 1)  # [B, T·G]
+    # Rows have different numbers of valid tokens: those first, in their order, then padding up to K columns.
+    order = torch.argsort(~mask, dim=1, stable=True)[:, : mask.sum(1).max()]  # [B, K]
+    valid, target_ids = mask.gather(1, order), tokens.gather(1, order)  # [B, K]
+    input_ids = target_ids.where(valid, batch.input_ids[:, -1:])  # [B, K]
+    input_ids = torch.cat([batch.input_ids, input_ids], 1)  # [B, P + K]
+    segment_ids = torch.where(valid, completion_ids[order], -1)  # [B, K]
+    segment_ids = torch.cat([batch.segment_ids, segment_ids], 1)  # [B, P + K]
+    # Every completion starts at the same position, right after the prompt.
+    position_ids = (batch.completion_start[:, None] + time[order]).expand(3, B, -1)  # [3, B, K]
+    position_ids = torch.cat([batch.position_ids, position_ids], 2)  # [3, B, P + K]
+    hidden = run_text(policy, input_ids, segment_ids, position_ids, batch.prompts)  # [B, P + K, H]
+    source = predicted_at.gather(1, order)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
+    logps = target_logps(policy, hidden.gather(1, source)[valid], target_ids[valid])  # [N], N valid tokens
     return torch.zeros(B, T * G, device=device).masked_scatter(mask, logps).view(B, T, G).transpose(1, 2)
 
 
-def chosen_logps(policy: Policy, hidden: Tensor, chosen: Tensor) -> Tensor:
-    """log softmax of chosen tokens [N] from hidden states [N, H], float32; logits live a chunk at a time."""
+def target_logps(policy: Policy, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    """float32 log softmax of the target tokens [N] from hidden states [N, H], a chunk at a time."""
 
-    def score(h: Tensor, c: Tensor) -> Tensor:
-        logits = policy.whole.lm_head(h).float() + policy.forbidden  # [n, V]
-        return logits.gather(-1, c[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
+    def score(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
+        logits = policy.base_model.lm_head(hidden_chunk).float() + policy.logit_bias  # [n, V]
+        return logits.gather(-1, target_chunk[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
 
-    rows = max(1, LOGITS // len(policy.forbidden))
-    pairs = zip(hidden.split(rows), chosen.split(rows), strict=True)
-    return torch.cat([checkpoint(score, h, c, use_reentrant=False) for h, c in pairs])
+    rows = max(1, LOGIT_CHUNK_SIZE // len(policy.logit_bias))
+    chunks = zip(hidden.split(rows), target_ids.split(rows), strict=True)
+    # Checkpointed: autograd would keep the logits of every chunk for the backward pass.
+    return torch.cat([checkpoint(score, h, ids, use_reentrant=False) for h, ids in chunks])

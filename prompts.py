@@ -1,4 +1,10 @@
-"""Prompts and box frames: from text and pictures to what a model family takes, and back from its boxes."""
+"""Prompts and box frames: from text and images to a model's inputs, and back from the boxes it writes.
+
+What differs from a typical VLM preprocessor:
+- A crop and a full image have separate pixel limits: a 16 px crop must not become four blurred tokens.
+- An image is processed once and shared by all prompts about it, and so are its vision features.
+- Placeholders are expanded here, without AutoProcessor: Qwen-VL's needs torchvision.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +17,18 @@ from reward import Box
 
 @dataclass(frozen=True)
 class BoxFrame:
-    """The one place that knows coordinate conventions: between pixels of the full image and frame units."""
+    """The one place that knows coordinate conventions: between pixels of the full image and frame units.
 
-    width: int  # of the full image in pixels
+    >>> frame = BoxFrame(width=1920, height=1080, units_x=1000, units_y=1000)  # Qwen3-VL: relative to 1,000
+    >>> frame.to_text((960, 540, 1920, 1080))
+    '[500, 500, 1000, 1000]'
+    >>> frame.to_pixels((500, 500, 1000, 1000))
+    (960.0, 540.0, 1920.0, 1080.0)
+    """
+
+    width: int  # of the full image, in its own pixels
     height: int
-    units_x: int  # the same edges in units: the resized image's pixels (Qwen2.5-VL) or 1,000 (Qwen3-VL)
+    units_x: int  # the same width in units: pixels of the resized image (Qwen2.5-VL), or 1,000 (Qwen3-VL)
     units_y: int
 
     def to_units(self, box: Box) -> Box:
@@ -23,18 +36,19 @@ class BoxFrame:
         return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
     def to_text(self, box: Box) -> str:
-        """A box in pixels as the model should write it: whole units."""
+        """A box in pixels as the model should write it, in whole units."""
         return "[" + ", ".join(str(round(v)) for v in self.to_units(box)) + "]"
 
-    def to_pixels(self, numbers: Box) -> Box:
-        return BoxFrame(self.units_x, self.units_y, self.width, self.height).to_units(numbers)
+    def to_pixels(self, box: Box) -> Box:
+        return BoxFrame(self.units_x, self.units_y, self.width, self.height).to_units(box)
 
 
-def box_frame(name: str, width: int, height: int, grid: Tensor, patch: int) -> BoxFrame:
-    """The frame `name` of an image that became `grid` = (t, h, w) patches of `patch` px."""
+def box_frame(name: str, width: int, height: int, grid: Tensor, patch_size: int) -> BoxFrame:
+    """The frame `name` of an image of width × height pixels that became `grid` = (t, h, w) patches."""
     if name == "relative1000":
         return BoxFrame(width, height, 1000, 1000)
-    return BoxFrame(width, height, int(grid[2]) * patch, int(grid[1]) * patch)
+    # The size that the model sees comes from the grid: the processor rounds it to whole image tokens.
+    return BoxFrame(width, height, int(grid[2]) * patch_size, int(grid[1]) * patch_size)
 
 
 # The paper's content in our words, and a short form that the embedded model was built with.
@@ -56,23 +70,23 @@ UNITS = {"resized": "pixel coordinates", "relative1000": "coordinates from 0 to 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model families: one row of FAMILIES. A flag of the same name wins."""
+    """What differs between model families: one row of FAMILIES. A flag of the same name overrides it."""
 
     box_frame: str  # resized | relative1000
     template: str  # key of PROMPTS
-    image_pixels: tuple[int, int]  # least and most pixels of a full image as the model sees it
+    image_pixels: tuple[int, int]  # fewest and most pixels of a full image as the model sees it
     crop_pixels: tuple[int, int]  # the same for a crop
     lr: float
-    prompts: int  # a step
+    prompts: int  # per step
     max_new_tokens: int
     micro_batch: int  # prompts in one forward and backward pass
-    recompute: bool  # text layers keep their inputs alone for the backward pass
+    gradient_checkpointing: bool  # of the text layers
     opening: str = ""  # what the chat template has already written of the completion ("<think>")
-    lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # never the vision tower's MLP
     skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
 
 
-# Pixels as (28·28 or 32·32 of an image token) × tokens. A model that thinks at length gets room for it.
+# Pixels are (28·28 or 32·32 of an image token) × tokens. A model that thinks at length gets room for it.
 QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
 QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
@@ -80,19 +94,19 @@ FAMILIES = {
     "qwen2_5_vl": QWEN2_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_thinking": replace(QWEN3, max_new_tokens=1024),  # its chat template opens with <think>
-    "mimo_vl": replace(QWEN2_5, max_new_tokens=1024),  # of Qwen2.5-VL's architecture, but it thinks
+    "mimo_vl": replace(QWEN2_5, max_new_tokens=1024),  # Qwen2.5-VL's architecture, but it thinks
 }
 
 
 def limit_pixels(family: Family, image: int, crop: int) -> Family:
-    """The family with other most pixels of image and crop."""
-    low, least = min(family.image_pixels[0], image), min(family.crop_pixels[0], crop)
-    return replace(family, image_pixels=(low, image), crop_pixels=(least, crop))
+    """The family with other upper limits of pixels for image and crop."""
+    fewest = min(family.image_pixels[0], image), min(family.crop_pixels[0], crop)
+    return replace(family, image_pixels=(fewest[0], image), crop_pixels=(fewest[1], crop))
 
 
 @dataclass
-class Tools:
-    """What turns text and pictures into a model's inputs."""
+class Processor:
+    """Turns text and images into a model's inputs."""
 
     tokenizer: Any
     image_processor: Any
@@ -101,59 +115,69 @@ class Tools:
 
 
 @dataclass
-class Picture:
-    """An image, cut into N patches by the processor. Prompts on the same image share it, and its features."""
+class ProcessedImage:
+    """An image, cut into N patches by the image processor."""
 
-    pixels: Tensor  # [N, 3·2·patch·patch]
-    grid: Tensor  # [3]: patches in t, h, w
+    pixel_values: Tensor  # [N, 3·2·patch·patch]
+    grid_thw: Tensor  # [3]: patches along time, height, width
     size: tuple[int, int]  # width and height of the image, in its own pixels
-    features: list[Tensor] | None = None  # (1 + deepstack) × [cells, width], once it was seen
+    features: list[Tensor] | None = None  # (1 + deepstack) × [image tokens, H], once they are computed
 
 
 @dataclass
-class Encoded:
+class EncodedPrompt:
     """One prompt of P tokens, ready for the model."""
 
-    ids: Tensor  # [P]
-    kinds: Tensor  # [P]: 1 where an image token stands (mm_token_type_ids), else 0
-    pictures: list[Picture]  # the full image or images, and the crop if there is one
+    input_ids: Tensor  # [P]
+    mm_token_type_ids: Tensor  # [P]: 1 for an image token, else 0
+    images: list[ProcessedImage]  # the full image or images, then the crop if there is one
     frame: BoxFrame  # of the (first) full image
 
 
 def encode(
-    tools: Tools, text: str, *images: Image.Image | Picture, crop: Image.Image | Picture | None = None
-):
+    processor: Processor, text: str, *images: Image.Image | ProcessedImage, crop: Image.Image | None = None
+) -> EncodedPrompt:
     """A prompt of full images, the crop if there is one, and the text, in the family's chat template."""
-    processor, family, pictures = tools.image_processor, tools.family, []
-    for picture, (low, high) in [(i, family.image_pixels) for i in images] + [(crop, family.crop_pixels)]:
-        if isinstance(picture, Image.Image):
-            size = {"shortest_edge": low, "longest_edge": high}
-            seen = processor(picture, size=size, return_tensors="pt")
-            picture = Picture(seen["pixel_values"], seen["image_grid_thw"][0], picture.size)
-        pictures += [picture] if picture else []
-    content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+    family, image_processor = processor.family, processor.image_processor
+    limits = [(image, family.image_pixels) for image in images]
+    limits += [(crop, family.crop_pixels)] if crop is not None else []
+    processed = [process_image(image_processor, image, *pixels) for image, pixels in limits]
+    content = [{"type": "image"}] * len(processed) + [{"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
-    prompt = tools.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, *after = prompt.split(tools.image_token)
-    cells = [int(picture.grid.prod()) // processor.merge_size**2 for picture in pictures]
-    prompt = before + "".join(tools.image_token * n + rest for n, rest in zip(cells, after, strict=True))
-    ids = tools.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"][0]  # [P]
-    kinds = (ids == tools.tokenizer.convert_tokens_to_ids(tools.image_token)).long()  # [P]
-    full = pictures[0]
-    return Encoded(
-        ids, kinds, pictures, box_frame(family.box_frame, *full.size, full.grid, processor.patch_size)
-    )
+    prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template writes one placeholder per image; the model expects one per image token.
+    before, *after = prompt.split(processor.image_token)
+    counts = [int(image.grid_thw.prod()) // image_processor.merge_size**2 for image in processed]
+    prompt = before + "".join(processor.image_token * n + rest for n, rest in zip(counts, after, strict=True))
+    input_ids = processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]  # [P]
+    # Without these, transformers silently gives image tokens one-dimensional positions.
+    types = (input_ids == processor.tokenizer.convert_tokens_to_ids(processor.image_token)).long()  # [P]
+    width, height = processed[0].size
+    grid, patch_size = processed[0].grid_thw, image_processor.patch_size
+    frame = box_frame(family.box_frame, width, height, grid, patch_size)
+    return EncodedPrompt(input_ids, types, processed, frame)
+
+
+def process_image(
+    image_processor: Any, image: Image.Image | ProcessedImage, fewest: int, most: int
+) -> ProcessedImage:
+    """An image resized to between `fewest` and `most` pixels and cut into patches, unless it is already."""
+    if isinstance(image, ProcessedImage):
+        return image
+    size = {"shortest_edge": fewest, "longest_edge": most}  # Qwen's names, though both are areas
+    inputs = image_processor(image, size=size, return_tensors="pt")
+    return ProcessedImage(inputs["pixel_values"], inputs["image_grid_thw"][0], image.size)
 
 
 def opening(tokenizer: Any) -> str:
-    """What the chat template itself writes of an answer: "<think>" and a line break, if the model thinks."""
+    """What the chat template itself writes of a completion: "<think>" and a line break, or nothing."""
     messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
 
 
 def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:
-    """The words of a task ("cue", "text" or "name"), with the instruction to think unless it is unwanted."""
+    """The text of a task (a key of PROMPTS), with the instruction to think unless `think` is False."""
     template = PROMPTS[family.template]
     text = template[task].format(units=UNITS[family.box_frame], **words)
     return text + (template["think"] if think else "")

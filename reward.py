@@ -1,24 +1,24 @@
-"""The reward of LOCUS: 0.9 · IoU of the answered box + 0.1 · format. Needs nothing but Python.
+"""The reward of LOCUS: 0.9 · IoU of the predicted box + 0.1 · format. Needs nothing but Python.
 
-    reward("<think>top left</think><answer>[10, 20, 50, 80]</answer>", (10, 20, 50, 60)).total  ->  0.7
-
-Boxes are (x1, y1, x2, y2) in the model's own frame, whatever its units: scaling an axis of both boxes does
-not change their IoU, so no image size is needed here.
+What differs from a typical verifiable reward:
+- Boxes are compared in the model's own frame, whatever its units. Scaling an axis of both boxes does not
+  change their IoU, so the reward needs neither the image nor its size.
+- A completion with no box, two boxes or an inverted box scores IoU 0. Nothing raises, whatever the text.
 """
 
 import re
 from dataclasses import dataclass
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]  # (x1, y1, x2, y2), right and bottom edge exclusive
 
-# At most nine digits a side of the point: no number overflows, and the match stays linear in the text.
+# At most nine digits on each side of the point: no number overflows, and matching stays linear in the text.
 NUMBER = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?)\s*"
 BOX = re.compile(rf"\s*\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\s*")
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One completion's reward; `iou` is 0 where no valid box was answered."""
+    """The reward of one completion; `iou` is 0 where it has no valid box."""
 
     total: float
     iou: float
@@ -26,24 +26,28 @@ class Reward:
 
 
 def answer_of(text: str) -> str | None:
-    """What stands inside the answer tags; None unless there is exactly one answer block."""
+    """The text inside the answer tags; None unless there is exactly one answer block.
+
+    >>> answer_of("<think>top left</think><answer>[1, 2, 3, 4]</answer>")
+    '[1, 2, 3, 4]'
+    """
     before, opening, rest = text.partition("<answer>")
     answer, closing, after = rest.partition("</answer>")
-    if (
-        not (opening and closing)
-        or "</answer>" in before
-        or "<answer>" in answer + after
-        or "</answer>" in after
-    ):
-        return None
-    return answer
+    complete = bool(opening and closing)
+    repeated = "</answer>" in before + after or "<answer>" in answer + after
+    return answer if complete and not repeated else None
 
 
 def parse_box(text: str) -> Box | None:
     """b̂ = Parse(ŷ): the box (x1, y1, x2, y2) inside the one answer block, in the model's frame.
 
-    Spaces, line ends and decimals are allowed; anything beside the four numbers, and a box that is inverted
-    or empty, is None. Never raises, whatever the text.
+    Spaces, line breaks and decimals are allowed. Anything beside the four numbers gives None, and so does a
+    box that is inverted or empty.
+
+    >>> parse_box("<answer>[10, 20.5, 30, 40]</answer>")
+    (10.0, 20.5, 30.0, 40.0)
+    >>> parse_box("<answer>[30, 40, 10, 20]</answer>") is None
+    True
     """
     match = BOX.fullmatch(answer_of(text) or "")
     if match is None:
@@ -53,18 +57,22 @@ def parse_box(text: str) -> Box | None:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes in one frame, 0 to 1; empty, inverted and NaN boxes have 0."""
+    """Intersection over union of two boxes in one frame, from 0 to 1.
+
+    >>> iou((0, 0, 2, 2), (1, 0, 3, 2))  # 2 of the 6 units that either box covers
+    0.3333333333333333
+    """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     intersection = width * height
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    if not (width > 0 and height > 0 and union > 0):  # written so that a NaN is caught too
+    if not (width > 0 and height > 0 and union > 0):  # "not" catches a NaN too: all its comparisons are false
         return 0.0
     return min(1.0, intersection / union)
 
 
 def format_reward(text: str) -> float:
-    """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once, nothing else; or 0."""
+    """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once; else 0."""
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
     before, _, rest = text.partition("<think>")
@@ -75,12 +83,15 @@ def format_reward(text: str) -> float:
 
 
 def reward(text: str, box: Box, alpha: float = 0.1) -> Reward:
-    """r = (1 − α) · r_loc + α · r_format, with r_loc = IoU(b̂, b*) or 0 (PAPER §2).
+    """r = (1 − α) · r_loc + α · r_format (Section 3.3), where r_loc = IoU(b̂, b*), or 0 without a valid b̂.
 
-    text: the completion, with the opening that its prompt may have given ("<think>" of a Thinking template);
-    box: the true box b* in the model's frame.
+    text: the completion, after the text that the prompt may have opened it with ("<think>" for a Thinking
+    template); box: the ground truth b* in the model's frame.
+
+    >>> reward("<think>top left</think><answer>[10, 20, 50, 80]</answer>", (10, 20, 50, 60)).total
+    0.7
     """
-    answered = parse_box(text)
-    overlap = iou(answered, box) if answered is not None else 0.0
+    predicted_box = parse_box(text)
+    overlap = iou(predicted_box, box) if predicted_box is not None else 0.0
     structure = format_reward(text)
     return Reward((1 - alpha) * overlap + alpha * structure, overlap, structure)

@@ -16,50 +16,52 @@ from typing import Any
 from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
-from evaluation.reply_cache import at_a_time, recall
+from evaluation.reply_cache import cached_generate, default_batch_size
 from evaluation.scores import Scores, mean
-from policy import Policy, see
-from prompts import BoxFrame, Encoded, encode, prompt_text
+from policy import Policy, compute_image_features
+from prompts import BoxFrame, EncodedPrompt, encode, prompt_text
 from reward import Box, answer_of, format_reward, iou, parse_box
 from tiny import scenes
-from tiny.scenes import Question, Scene, Thing
+from tiny.scenes import Question, Scene, SceneObject
 
 
-class Made(Sequence):
+class LazyList(Sequence):
     """Cues or prompts that are made when asked for: of a thousand photos at once they would be gigabytes."""
 
-    def __init__(self, make: Callable[[Any], Any], things: Sequence):
-        self.make, self.things = make, things
+    def __init__(self, make: Callable[[Any], Any], items: Sequence):
+        self.make, self.items = make, items
 
     def __len__(self) -> int:
-        return len(self.things)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Any:
-        return self.make(self.things[index])
+        return self.make(self.items[index])
 
 
 @dataclass
-class HeldOut:
+class HeldOutSet:
     """Prompts with what decides them; the same objects are asked before and after training."""
 
     cues: Sequence[Cue]
-    cue_items: Sequence[Encoded]
-    find_items: list[Encoded]  # empty, as are the questions, where the cues have no scene to be right about
-    asked: list[tuple[Scene, Question]]
-    question_items: list[Encoded]
-    suppressed_items: list[Encoded]  # the same questions, everything but the evidence black
+    cue_prompts: Sequence[EncodedPrompt]
+    find_prompts: list[
+        EncodedPrompt
+    ]  # empty, as are the questions, where the cues have no scene to be right about
+    scene_questions: list[tuple[Scene, Question]]
+    question_prompts: list[EncodedPrompt]
+    suppressed_prompts: list[EncodedPrompt]  # the same questions, everything but the evidence black
 
 
-def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut:
+def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOutSet:
     """n held-out cues; of scenes also n findings by text and 2·n questions, half of them about places.
 
     alone: only questions whose evidence shares none of its image tokens with another thing.
     """
     if cues[0].scene is None:
-        drawn = Made(cues.__getitem__, range(n))  # the i-th cue is the same every time
-        prompts = Made(partial(encode_cue, policy.tools, source="object"), drawn)
-        return HeldOut(drawn, prompts, [], [], [], [])
-    tools, out = policy.tools, HeldOut([], [], [], [], [], [])
+        drawn = LazyList(cues.__getitem__, range(n))  # the i-th cue is the same every time
+        prompts = LazyList(partial(encode_cue, policy.processor, source="object"), drawn)
+        return HeldOutSet(drawn, prompts, [], [], [], [])
+    processor, out = policy.processor, HeldOutSet([], [], [], [], [], [])
     missing, index = {"attribute": n, "place": n}, 0
     bar = tqdm(total=n, desc="held-out samples", leave=False)
     while len(out.cues) < n or any(missing.values()):
@@ -69,22 +71,26 @@ def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut
         if len(out.cues) < n:
             bar.update()
             out.cues.append(cue)
-            out.cue_items.append(item := encode_cue(tools, cue, "object"))
-            image = item.pictures[0]  # processed and seen once for all that is asked about it
-            out.find_items.append(encode(tools, prompt_text(tools.family, "text", text=cue.text), image))
+            out.cue_prompts.append(item := encode_cue(processor, cue, "object"))
+            image = item.images[0]  # processed and seen once for all that is asked about it
+            out.find_prompts.append(
+                encode(processor, prompt_text(processor.family, "text", text=cue.text), image)
+            )
         possible = [q for q in scenes.questions(cue.scene) if missing[q.kind]]
         if alone:
             possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.box)]
         rng.shuffle(possible)
         for q in {q.kind: q for q in possible}.values():
-            out.asked.append((cue.scene, q))
-            text = prompt_text(tools.family, "string", question=q.text)
-            out.question_items.append(encode(tools, text, image))
-            out.suppressed_items.append(encode(tools, text, scenes.keep_only(cue.image, q.box)))
+            out.scene_questions.append((cue.scene, q))
+            text = prompt_text(processor.family, "string", question=q.text)
+            out.question_prompts.append(encode(processor, text, image))
+            out.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.box)))
             missing[q.kind] -= 1
         if index % 32 == 0:  # always in the same company, whatever will be asked first
-            see(policy, [*out.cue_items[-32:], *out.question_items[-64:], *out.suppressed_items[-64:]])
-    see(policy, [*out.cue_items, *out.question_items, *out.suppressed_items])
+            compute_image_features(
+                policy, [*out.cue_prompts[-32:], *out.question_prompts[-64:], *out.suppressed_prompts[-64:]]
+            )
+    compute_image_features(policy, [*out.cue_prompts, *out.question_prompts, *out.suppressed_prompts])
     bar.close()
     return out
 
@@ -92,9 +98,9 @@ def held_out(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOut
 # ---------------------------------------------------------------- scores of samples, and their summaries
 
 
-def thing_of(cue: Cue) -> Thing:
+def target_object(cue: Cue) -> SceneObject:
     """The thing that a scene's cue window is about."""
-    return max(cue.scene.things, key=lambda thing: iou(thing.box, cue.box))
+    return max(cue.scene.objects, key=lambda scene_object: iou(scene_object.box, cue.box))
 
 
 def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dict[str, float] | None:
@@ -108,10 +114,10 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
         pixels = frame.to_pixels(answered)
         score |= {"iou": iou(pixels, true_box), "parsed": 1.0}
         if cue.scene is not None:
-            overlap, thing = max(
-                ((iou(t.box, pixels), t) for t in cue.scene.things), key=lambda pair: pair[0]
+            overlap, scene_object = max(
+                ((iou(t.box, pixels), t) for t in cue.scene.objects), key=lambda pair: pair[0]
             )
-            score["right"] = float(overlap > 0 and thing == thing_of(cue))
+            score["right"] = float(overlap > 0 and scene_object == target_object(cue))
     return score
 
 
@@ -130,7 +136,7 @@ def question_summary(right: list[float | None], asked: list[tuple[Scene, Questio
     groups: dict[str, dict[str, list]] = {k: defaultdict(list) for k in ("objects", "size", "kind")}
     for hit, (scene, question) in zip(right, asked, strict=True):
         side = question.box[2] - question.box[0]
-        groups["objects"][str(len(scene.things))].append(hit)
+        groups["objects"][str(len(scene.objects))].append(hit)
         groups["size"]["tiny" if side <= scenes.TINY_SIDES[1] else "small"].append(hit)
         groups["kind"][question.kind].append(hit)
     by = {f"by_{name}": {k: mean(group[k]) for k in sorted(group)} for name, group in groups.items()}
@@ -141,15 +147,15 @@ def question_summary(right: list[float | None], asked: list[tuple[Scene, Questio
 
 
 def evaluate(
-    policy: Policy, held: HeldOut, max_new_tokens: int, what: str = "evaluation", known=None, batch=None
+    policy: Policy, held: HeldOutSet, max_new_tokens: int, what: str = "evaluation", cache=None, batch=None
 ) -> Scores:
     """Greedy answers to all held-out prompts and their scores; `known` holds answers of an earlier try."""
-    known, batch = {} if known is None else known, batch or at_a_time(policy)
+    cache, batch = {} if cache is None else cache, batch or default_batch_size(policy)
 
-    def ask(name: str, items: Sequence[Encoded]) -> list[tuple[str | None, BoxFrame]]:
-        return recall(policy, known, f"{what}/{name}", items, (max_new_tokens, batch))
+    def ask(name: str, items: Sequence[EncodedPrompt]) -> list[tuple[str | None, BoxFrame]]:
+        return cached_generate(policy, cache, f"{what}/{name}", items, (max_new_tokens, batch))
 
-    said = ask("cue search", held.cue_items)
+    said = ask("cue search", held.cue_prompts)
     rows = [box_score(*reply, cue.box, cue) for reply, cue in zip(said, held.cues, strict=True)]
     answered = [(text and parse_box(text), frame) for text, frame in said]
     boxes = [frame.to_pixels(box) if box else None for box, frame in answered]
@@ -158,18 +164,22 @@ def evaluate(
         size: [row for row, cue in zip(rows, held.cues) if cue.size == size] for size in ("tiny", "small")
     }
     summary["cue_by_size"] = {size: cue_summary(some) for size, some in sizes.items() if some}
-    if held.find_items:
-        said = zip(ask("find", held.find_items), held.cues, strict=True)
-        rows = [box_score(*reply, thing_of(cue).box, cue) for reply, cue in said]
+    if held.find_prompts:
+        said = zip(ask("find", held.find_prompts), held.cues, strict=True)
+        rows = [box_score(*reply, target_object(cue).box, cue) for reply, cue in said]
         samples |= {"find": [r and r["iou"] for r in rows], "find_right": [r and r["right"] for r in rows]}
         summary["find"] = {"mean_iou": mean(samples["find"]), "right_object": mean(samples["find_right"])}
         summary["find"]["n"] = len(rows)
-    asked = {"questions": held.question_items, "suppressed": held.suppressed_items}
+    asked = {"questions": held.question_prompts, "suppressed": held.suppressed_prompts}
     for name, items in ((name, items) for name, items in asked.items() if items):
-        samples[name] = [is_right(text, q) for (text, _), (_, q) in zip(ask(name, items), held.asked)]
-        summary[name] = question_summary(samples[name], held.asked)
+        samples[name] = [
+            is_right(text, q) for (text, _), (_, q) in zip(ask(name, items), held.scene_questions)
+        ]
+        summary[name] = question_summary(samples[name], held.scene_questions)
         for kind in ("attribute", "place"):
-            samples[f"{name}_{kind}"] = [h for h, (_, q) in zip(samples[name], held.asked) if q.kind == kind]
+            samples[f"{name}_{kind}"] = [
+                h for h, (_, q) in zip(samples[name], held.scene_questions) if q.kind == kind
+            ]
     return Scores(summary, samples, boxes)
 
 
@@ -178,7 +188,7 @@ def is_right(text: str | None, question: Question) -> float | None:
     return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
 
 
-def baselines(policy: Policy, held: HeldOut, max_new_tokens: int, known=None) -> dict[str, float]:
+def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None) -> dict[str, float]:
     """Mean IoU of cue search without searching: the whole image, a box in the centre of the mean cue's size,
     and the untrained model's own two steps: name the crop, then find by that name."""
     side = mean(math.sqrt((c.box[2] - c.box[0]) * (c.box[3] - c.box[1])) for c in held.cues) / 2
@@ -188,23 +198,28 @@ def baselines(policy: Policy, held: HeldOut, max_new_tokens: int, known=None) ->
         whole.append(iou((0, 0, w, h), cue.box))
         centre.append(iou((w / 2 - side, h / 2 - side, w / 2 + side, h / 2 + side), cue.box))
     out = {"whole_image": mean(whole), "centre_box": mean(centre)}
-    if not held.find_items:
+    if not held.find_prompts:
         return out
-    family, known, ways = (
-        policy.tools.family,
-        {} if known is None else known,
-        (max_new_tokens, at_a_time(policy)),
+    family, cache, ways = (
+        policy.processor.family,
+        {} if cache is None else cache,
+        (max_new_tokens, default_batch_size(policy)),
     )
-    naming = [encode(policy.tools, prompt_text(family, "name"), *item.pictures) for item in held.cue_items]
+    naming = [
+        encode(policy.processor, prompt_text(family, "name"), *item.images) for item in held.cue_prompts
+    ]
     names = [
-        (answer_of(text or "") or "").strip() for text, _ in recall(policy, known, "names", naming, ways)
+        (answer_of(text or "") or "").strip()
+        for text, _ in cached_generate(policy, cache, "names", naming, ways)
     ]
     prompts = [prompt_text(family, "text", text=name) for name in names]
-    images = [item.pictures[0] for item in held.cue_items]
-    items = [encode(policy.tools, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-    found = zip(recall(policy, known, "named", items, ways), held.cues, strict=True)
+    images = [item.images[0] for item in held.cue_prompts]
+    items = [encode(policy.processor, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+    found = zip(cached_generate(policy, cache, "named", items, ways), held.cues, strict=True)
     out["name_then_find"] = mean(
         row and row["iou"] for row in (box_score(*reply, cue.box, cue) for reply, cue in found)
     )
-    out["crop_named_right"] = mean(n == thing_of(cue).name for n, cue in zip(names, held.cues, strict=True))
+    out["crop_named_right"] = mean(
+        n == target_object(cue).name for n, cue in zip(names, held.cues, strict=True)
+    )
     return out

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from files.errors import UserError
-from policy import Policy, collate, rollout, texts
-from prompts import BoxFrame, Encoded
+from policy import Policy, collate, decode_completions, rollout
+from prompts import BoxFrame, EncodedPrompt
 
 
 class ReplyCache(dict):
@@ -57,13 +57,13 @@ class ReplyCache(dict):
         super().__setitem__(key, value)
 
 
-def at_a_time(policy: Policy) -> int:
+def default_batch_size(policy: Policy) -> int:
     """Prompts in a batch of answers: full images of a large model fill a GPU soon."""
     return 4 if policy.device.type == "cuda" else 128
 
 
-def answers(
-    policy: Policy, items: Iterable[Encoded], max_new_tokens: int, batch: int | None = None
+def generate_replies(
+    policy: Policy, items: Iterable[EncodedPrompt], max_new_tokens: int, batch: int | None = None
 ) -> Iterator[tuple[str | None, BoxFrame]]:
     """Greedy answers in the order of the prompts, by the rollout's own loop; None where memory ran out.
 
@@ -71,23 +71,23 @@ def answers(
     With each answer comes the frame of the boxes in it.
     """
     items = iter(items)
-    while chunk := list(islice(items, batch or at_a_time(policy))):
+    while chunk := list(islice(items, batch or default_batch_size(policy))):
         said = None
         with suppress(torch.OutOfMemoryError):  # inside an except block it would hold what did not fit
-            said = texts(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
+            said = decode_completions(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
         if said is not None:
             yield from ((text, item.frame) for (text,), item in zip(said, chunk, strict=True))
             continue
         torch.cuda.empty_cache()
-        one_by_one = answers(policy, chunk, max_new_tokens, 1)
+        one_by_one = generate_replies(policy, chunk, max_new_tokens, 1)
         yield from [(None, chunk[0].frame)] if len(chunk) == 1 else one_by_one
 
 
-def recall(
+def cached_generate(
     policy: Policy,
-    known: MutableMapping,
+    cache: MutableMapping,
     name: str,
-    items: Sequence[Encoded],
+    items: Sequence[EncodedPrompt],
     ways: tuple[int, int],
     keys=None,
 ) -> list[tuple[str | None, BoxFrame]]:
@@ -98,9 +98,11 @@ def recall(
     names = [f"{name}/{key}" for key in keys or range(len(items))]
     for start in tqdm(range(0, len(names), ways[1]), desc=name, leave=False):
         some = range(start, min(start + ways[1], len(names)))
-        if all(names[i] in known for i in some):
+        if all(names[i] in cache for i in some):
             continue
-        for i, (text, frame) in zip(some, answers(policy, (items[i] for i in some), *ways), strict=True):
-            if names[i] not in known:
-                known[names[i]] = [text, *astuple(frame)]
-    return [(known[key][0], BoxFrame(*known[key][1:])) for key in names]
+        for i, (text, frame) in zip(
+            some, generate_replies(policy, (items[i] for i in some), *ways), strict=True
+        ):
+            if names[i] not in cache:
+                cache[names[i]] = [text, *astuple(frame)]
+    return [(cache[key][0], BoxFrame(*cache[key][1:])) for key in names]

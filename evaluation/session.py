@@ -2,55 +2,60 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evaluation.reply_cache import ReplyCache, at_a_time, recall
+from evaluation.reply_cache import ReplyCache, cached_generate, default_batch_size
 from files.disk import file_stats, fingerprint
 from files.errors import model_folder
 from policy import Policy
-from prompts import PROMPTS, Encoded, Tools
+from prompts import PROMPTS, EncodedPrompt, Processor
 
 LONGEST = 8192  # tokens of an answer to a benchmark, the paper's
 
 
 @dataclass
-class Run:
+class Session:
     """What every task needs."""
 
     policy: Policy
     args: argparse.Namespace
-    known: ReplyCache
+    cache: ReplyCache
     folder: Path
 
     @property
-    def sides(self) -> list[tuple[str, Callable]]:
-        """Each model as (name, context in which `policy` is that model): the base, then the adapted one."""
-        both = [("before", self.policy.reference), ("after", nullcontext)]
-        return both if self.args.adapter is not None else both[:1]
+    def model_names(self) -> list[str]:
+        """For people: the titles of the models in the order of `each_model`."""
+        return ["base model", "with adapter"][: 1 + (self.args.adapter is not None)]
+
+    def each_model(self) -> Iterator[str]:
+        """Yields "before", with the adapter switched off, then "after" with it, if there is one."""
+        with self.policy.reference():
+            yield "before"
+        if self.args.adapter is not None:
+            yield "after"
 
     @property
-    def tools(self) -> Tools:
+    def processor(self) -> Processor:
         """For pictures as large as the model's own settings allow, not as training limits them."""
-        tools, size = self.policy.tools, self.policy.tools.image_processor.size
+        processor, size = self.policy.processor, self.policy.processor.image_processor.size
         pixels = (size["shortest_edge"], size["longest_edge"])
-        return replace(tools, family=replace(tools.family, image_pixels=pixels))
+        return replace(processor, family=replace(processor.family, image_pixels=pixels))
 
-    def ways(self, benchmark: bool = False) -> tuple[int, int]:
+    def generation_limits(self, benchmark: bool = False) -> tuple[int, int]:
         """The longest answer in tokens, and how many prompts at a time."""
-        family = self.policy.tools.family
+        family = self.policy.processor.family
         usual = LONGEST if benchmark and PROMPTS[family.template]["think"] else family.max_new_tokens
-        return self.args.max_new_tokens or usual, self.args.batch or at_a_time(self.policy)
+        return self.args.max_new_tokens or usual, self.args.batch or default_batch_size(self.policy)
 
-    def ask(
-        self, name: str, items: Sequence[Encoded], keys: list | None = None, benchmark: bool = False
+    def generate(
+        self, name: str, items: Sequence[EncodedPrompt], keys: list | None = None, benchmark: bool = False
     ) -> list:
-        return recall(self.policy, self.known, name, items, self.ways(benchmark), keys)
+        return cached_generate(self.policy, self.cache, name, items, self.generation_limits(benchmark), keys)
 
 
-def open_run(policy: Policy, args: argparse.Namespace) -> Run:
+def open_session(policy: Policy, args: argparse.Namespace) -> Session:
     """A run with its reply cache, in a folder beside the adapter; other settings have another folder."""
     settings = {name: str(value) for name, value in vars(args).items() if value is not None}
     settings = {name: value for name, value in settings.items() if name != "out"}
@@ -60,4 +65,4 @@ def open_run(policy: Policy, args: argparse.Namespace) -> Run:
             settings[f"{path} as of"] = fingerprint(file_stats(Path(path)))
     name = f"{args.task}-{fingerprint([json.dumps(settings, sort_keys=True).encode()])}"
     folder = args.out or (args.adapter.parent if args.adapter else Path("runs") / "eval") / name
-    return Run(policy, args, ReplyCache(folder / "answers.jsonl", settings), folder)
+    return Session(policy, args, ReplyCache(folder / "answers.jsonl", settings), folder)

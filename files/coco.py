@@ -36,7 +36,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # false of a NaN too
 
 
-def why_no_photo(photo: Any, photos: dict) -> str:
+def photo_problem(photo: Any, photos: dict) -> str:
     """Why an entry of `images` is of no use; empty if it is of use."""
     if not isinstance(photo, dict) or not isinstance(photo.get("id"), int | str):
         return "without an id"
@@ -50,7 +50,7 @@ def why_no_photo(photo: Any, photos: dict) -> str:
     return "too small or narrow" if min(size) < LEAST_SIDE or max(size) > NARROWEST * min(size) else ""
 
 
-def why_no_box(row: Any, photos: dict, seen: set) -> str:
+def box_problem(row: Any, photos: dict, seen: set) -> str:
     """Why an annotation (image id, category, id, is crowd, box) is of no use; empty if it is of use."""
     if not isinstance(row, list) or not all(isinstance(v, int | str | None) for v in row[:3]):
         return "without a box"
@@ -75,12 +75,12 @@ def index_coco(text: str, name: str, split: str, excluded: set[int], texts: dict
     left_out = [LeftOut(f"{what} in {name}", len(data[what])) for what in ("images", "annotations")]
     photos, boxes, rows, seen = {}, [], [], set()
     for photo in data["images"]:
-        if why := why_no_photo(photo, photos):
+        if why := photo_problem(photo, photos):
             left_out[0].add(why)
         else:
             photos[photo["id"]] = photo["file_name"], (int(photo["width"]), int(photo["height"]))
     for row in data["annotations"]:
-        if why := why_no_box(row, photos, seen):
+        if why := box_problem(row, photos, seen):
             left_out[1].add(why)
         else:
             seen.add(row[2])

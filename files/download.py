@@ -22,9 +22,9 @@ from urllib.request import Request, urlopen
 from PIL import Image
 from tqdm import tqdm
 
-from files.coco import read, why_no_photo
+from files.coco import photo_problem, read
 from files.errors import UserError
-from files.pictures import LeftOut, Photos, Unfit, load_image
+from files.pictures import LeftOut, Photos, UnusableImage, load_image
 
 READ_TIMEOUT_SECONDS = 30  # without a byte
 MAX_SECONDS = 300  # of one file
@@ -39,7 +39,7 @@ DECODING = threading.Lock()  # a small file can hold 400 MB of pixels, so only o
 Key = tuple[str, tuple[int, int]]  # an image's name and annotated size (width, height) in pixels
 
 
-class PermanentFailure(Unfit):
+class PermanentFailure(UnusableImage):
     """Why an image cannot be downloaded, where a retry would not help."""
 
 
@@ -55,7 +55,7 @@ class ImageDownloads(Photos):
 
     def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
         """A blank image in place of the real one; None if its download failed."""
-        if (name, size) in self.unfit:
+        if (name, size) in self.unusable:
             return None
         self.used.add((name, size))
         return Image.new("1", (1, 1))
@@ -67,7 +67,7 @@ def open_downloads(folder: Path, annotations: Path) -> ImageDownloads:
     def parse(text: str) -> dict[Key, Any]:
         # Annotations, which fill most of the file, are dropped as soon as they are parsed.
         data = json.loads(text, object_hook=lambda entry: None if "bbox" in entry else entry)
-        valid = [photo for photo in data["images"] if not why_no_photo(photo, {})]
+        valid = [photo for photo in data["images"] if not photo_problem(photo, {})]
         return {(p["file_name"], (p["width"], p["height"])): p.get("coco_url") for p in valid}
 
     addresses = read("annotations", annotations, "COCO instances JSON", parse)
@@ -92,22 +92,22 @@ def fetch_bytes(url: Any) -> bytes:
             while max(len(body), length) <= MAX_BYTES and (chunk := response.read1(2**16)):
                 body += chunk
                 if time.monotonic() > deadline:
-                    raise Unfit("too slow")
+                    raise UnusableImage("too slow")
     except HTTPError as error:
         error.close()
         retry = error.code >= 500 or error.code in (408, 429)
-        raise (Unfit if retry else PermanentFailure)(f"answered with HTTP {error.code}") from None
+        raise (UnusableImage if retry else PermanentFailure)(f"answered with HTTP {error.code}") from None
     except (
         OSError,
         HTTPException,
         ValueError,
         ArithmeticError,
     ):  # the latter two: an invalid address or port
-        raise Unfit("out of reach") from None
+        raise UnusableImage("out of reach") from None
     if max(len(body), length) > MAX_BYTES:
         raise PermanentFailure(f"over {MAX_BYTES / 1e6:.0f} MB")
     if len(body) < length:
-        raise Unfit("cut off")
+        raise UnusableImage("cut off")
     return bytes(body)
 
 
@@ -136,7 +136,7 @@ def save_picture(folder: Path, key: Key, body: bytes) -> None:
 def download_one(downloads: ImageDownloads, key: Key) -> tuple[Key, str]:
     """Downloads an image unless the folder has it. Returns its key and why it failed, empty if it did not."""
     name, size = key
-    with suppress(Unfit), DECODING:
+    with suppress(UnusableImage), DECODING:
         load_image(downloads.folder / name, size)
         return key, ""
     for pause in RETRY_PAUSES:
@@ -146,7 +146,7 @@ def download_one(downloads: ImageDownloads, key: Key) -> tuple[Key, str]:
             return key, ""
         except PermanentFailure as failure:
             return key, str(failure)
-        except Unfit as failure:
+        except UnusableImage as failure:
             reason = str(failure)
     return key, reason
 
@@ -170,7 +170,7 @@ def download_images(downloads: ImageDownloads, draw: Callable[[], Any]) -> None:
                 # An image without an address says nothing about the network.
                 failures = failures + (reason != NO_ADDRESS) if reason else 0
                 if reason:
-                    downloads.unfit.add(key)
+                    downloads.unusable.add(key)
                     downloads.left_out.add(reason)
                 if failures == IN_A_ROW:
                     example = f"{downloads.addresses[key]!r} is {reason}"

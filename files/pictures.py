@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, EPS would 
 MOST_PIXELS = 2**27  # 400 MB of pixels; a small file can claim to hold terabytes
 
 
-class Unfit(Exception):
+class UnusableImage(Exception):
     """Why a picture cannot be used."""
 
 
@@ -29,15 +29,15 @@ class LeftOut:
     what: str  # boxes or images, and of what
     total: int
     reasons: Counter = field(default_factory=Counter)
-    unfit: int = 0  # of them, those that nobody wanted to leave out
+    unusable: int = 0  # of them, those that nobody wanted to leave out
     warned: bool = False
 
     def add(self, reason: str, on_purpose: bool = False) -> None:
         self.reasons[reason] += 1
-        self.unfit += not on_purpose
+        self.unusable += not on_purpose
 
     def warn(self) -> None:
-        if not self.warned and self.unfit > 0.01 * self.total:
+        if not self.warned and self.unusable > 0.01 * self.total:
             self.warned = True
             tqdm.write(f"warning: more than 1 % cannot be used: {self}", file=sys.stderr)
 
@@ -54,25 +54,25 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise Unfit(f"larger than {MOST_PIXELS:,} pixels")
+                raise UnusableImage(f"larger than {MOST_PIXELS:,} pixels")
             if min(image.size) < LEAST_SIDE:
-                raise Unfit(f"with a side under {LEAST_SIDE} pixels")
+                raise UnusableImage(f"with a side under {LEAST_SIDE} pixels")
             if max(image.size) > NARROWEST * min(image.size):
-                raise Unfit(f"over {NARROWEST} times as long as wide")
+                raise UnusableImage(f"over {NARROWEST} times as long as wide")
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
-                raise Unfit("of another size than annotated")
+                raise UnusableImage("of another size than annotated")
             if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
                 image = image.convert("I").point(lambda v: v / 256).convert("L")
             return image.convert("RGBA").convert("RGB")
     except Image.DecompressionBombError:
-        raise Unfit(f"larger than {MOST_PIXELS:,} pixels") from None
+        raise UnusableImage(f"larger than {MOST_PIXELS:,} pixels") from None
     except FileNotFoundError:
-        raise Unfit("missing") from None
-    except Unfit:
+        raise UnusableImage("missing") from None
+    except UnusableImage:
         raise
     except Exception:  # decoders raise anything on a broken file
-        raise Unfit("broken, or no picture") from None
+        raise UnusableImage("broken, or no picture") from None
 
 
 @dataclass
@@ -81,14 +81,14 @@ class Photos:
 
     folder: Path
     left_out: LeftOut
-    unfit: set[tuple] = field(default_factory=set)
+    unusable: set[tuple] = field(default_factory=set)
 
     def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
-        if (name, size) not in self.unfit:
+        if (name, size) not in self.unusable:
             try:
                 return load_image(self.folder / name, size)
-            except Unfit as why:
-                self.unfit.add((name, size))
+            except UnusableImage as why:
+                self.unusable.add((name, size))
                 self.left_out.add(str(why))
                 self.left_out.warn()
         return None

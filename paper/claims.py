@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import CueConfig, SceneCues
+from data import CueConfig, scene_cues
 from evaluation.attention import BANDS
 from evaluation.scores import mean
 from reward import Box, iou
@@ -180,7 +180,7 @@ def template_iou(image: Image.Image, box: Box) -> float:
 def world(n: int = 200) -> dict[str, float]:
     """Can the embedded world tell what the tables ask? Shares and IoU of n cues a kind, in points."""
     sources = ("object", "random", "large")
-    cues = {source: list(islice(SceneCues(CueConfig(source), "train", 0), n)) for source in sources}
+    cues = {source: list(islice(scene_cues(CueConfig(source), "train", 0), n)) for source in sources}
     answers = {
         f"{source} crops found by a template matcher, IoU": mean(
             template_iou(cue.image, cue.box) for cue in drawn

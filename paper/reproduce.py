@@ -26,12 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import CueConfig, SceneCues, open_cues
-from eval import beginning
-from evaluation.attention import add_grounding, add_looking, begin_answer, box_ious, look
-from evaluation.heldout import HeldOut, evaluate, held_out
-from evaluation.reply_cache import recall
-from evaluation.scores import Scores
+from data import CueConfig, open_cues, scene_cues
+from evaluation.attention import analyse_questions
+from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from files.disk import fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error
 from locus_mini import learning_rate, train
@@ -40,9 +37,8 @@ from paper import report
 from paper.claims import collect, read_json
 from paper.variants import VARIANTS, variant_flags
 from policy import Policy
-from prompts import encode, prompt_text
 from tiny.build import Build
-from training.run_folder import at_work, refuse_difference, weight_samples
+from training.run_folder import lock_run_folder, require_same_settings, weight_samples
 from training.settings import Config, resolve
 
 HELD_OUT = 2026  # seed of the scenes that everything is measured on
@@ -63,8 +59,8 @@ ROWS_OF_EVERY_SEED: dict[str, dict[str, Any]] = {  # row: a variant, and flags o
 }
 ROWS_OF_FIRST_SEED: dict[str, dict[str, Any]] = {
     "more pretraining, 1 to 4 things": {},
-    **{f"KL {kl:g}": {"kl": kl} for kl in (0.0, 0.01, 0.16)},
-    **{f"G = {group}": {"group": group} for group in (2, 4, 16)},
+    **{f"KL {kl:g}": {"beta": kl} for kl in (0.0, 0.01, 0.16)},
+    **{f"G = {group}": {"num_generations": group} for group in (2, 4, 16)},
     **{f"LoRA rank {rank}": {"lora_rank": rank} for rank in (4, 64)},
     "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
     "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
@@ -83,18 +79,18 @@ PLAN += [(name, SEEDS[0]) for name in ROWS_OF_FIRST_SEED]
 
 
 @cache
-def held_scenes(n: int) -> HeldOut:
+def held_scenes(n: int) -> HeldOutSet:
     """n questions of each kind and half as many cues, the same for every row; seen once by a process."""
-    held = held_out(load_policy("tiny"), SceneCues(CueConfig(), "heldout", HELD_OUT), n)
-    parts = ("cues", "cue_items", "find_items")
+    held = build_heldout_set(load_policy("tiny"), scene_cues(CueConfig(), "heldout", HELD_OUT), n)
+    parts = ("cues", "cue_prompts", "find_prompts")
     return replace(held, **{part: getattr(held, part)[: n // 2] for part in parts})
 
 
-def pretrain(policy: Policy, things: tuple[int, ...], cfg: Config, folder: Path) -> None:
+def pretrain(policy: Policy, objects: tuple[int, ...], cfg: Config, folder: Path) -> None:
     """As many steps of what the base model was built with, through the same adapter: eight turns a scene."""
     build = Build(folder / "more", 0, cfg.seed)
-    build.model = policy.whole
-    build.draw_examples(things, max(100, cfg.steps * cfg.prompts // 100 * 100))
+    build.model = policy.base_model
+    build.draw_examples(objects, max(100, cfg.steps * cfg.prompts // 100 * 100))
     trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=cfg.weight_decay)
     for step in range(cfg.steps):
@@ -106,18 +102,6 @@ def pretrain(policy: Policy, things: tuple[int, ...], cfg: Config, folder: Path)
         optimizer.step()
 
 
-def add_looks(policy: Policy, held: HeldOut, scores: Scores, longest: int) -> None:
-    """Attention and grounding of every question, into the scores."""
-    tools, items, questions = policy.tools, held.question_items, [question for _, question in held.asked]
-    boxes = [question.box for question in questions]
-    texts = [prompt_text(tools.family, "text", text=question.name) for question in questions]
-    finds = [encode(tools, text, item.pictures[0]) for text, item in zip(texts, items, strict=True)]
-    replies = recall(policy, {}, "grounding", finds, (longest, BATCH))
-    add_grounding(scores, box_ious(replies, boxes), scores.samples["questions"], scores)
-    started = [begin_answer(tools, i, beginning(q)) for i, q in zip(items, questions, strict=True)]
-    add_looking(scores, look(policy, {}, "looks", started, [[box] for box in boxes], BATCH))
-
-
 def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     """Train, ask, and write row.json: summary, samples, training curve, seconds. Returns the accuracy."""
     torch.set_num_threads(1)
@@ -125,7 +109,7 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     flags = {"seed": seed, "steps": steps, "show_every": 0} | FLAGS.get(name, {})
     variant = flags.pop("variant", "locus")
     task = VARIANTS[variant].task
-    cfg, _ = resolve(variant_flags(variant, flags), policy.tools.family)
+    cfg, _ = resolve(variant_flags(variant, flags), policy.processor.family)
     folder.mkdir(exist_ok=True)
     if name != "base":
         policy = task.adapt(policy, cfg.lora_rank, seed)
@@ -133,12 +117,12 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
         pretrain(policy, PRETRAINING[name], cfg, folder)
     elif name != "base":
         cues = open_cues("scenes", "train", seed, CueConfig(cfg.source, cfg.tiny_ratio))
-        with at_work(folder):
+        with lock_run_folder(folder):
             train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()}, task)
-    held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_items=[])  # see Table 1
+    held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_prompts=[])  # see Table 1
     scores = evaluate(policy, held, cfg.max_new_tokens)
     if name in LOOKED_AT:
-        add_looks(policy, held, scores, cfg.max_new_tokens)
+        analyse_questions(policy, held, scores, scores, {}, name, (cfg.max_new_tokens, BATCH))
     log = folder / "metrics.jsonl"  # of what locus_mini.py's loop has trained
     lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
     row = {"summary": scores.summary, "samples": scores.samples}
@@ -158,14 +142,14 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 def do_rows(out: Path, steps: int, n: int, jobs: int, rows: list[tuple[str, int]]) -> None:
     """The rows that are not done yet, `jobs` at a time."""
     path, settings = out / "settings.json", {"steps": steps, "n": n, "held_out": HELD_OUT}
-    settings["weights"] = fingerprint(weight_samples(load_policy("tiny").whole))
+    settings["weights"] = fingerprint(weight_samples(load_policy("tiny").base_model))
     if path.exists():
-        refuse_difference(path, read_json(path), settings)
+        require_same_settings(path, read_json(path), settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
     missing = [row for row in rows if not (folder_of(out, *row) / "row.json").exists()]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the rows' processes
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, at_work(out):
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(out):
         waiting = {pool.submit(do_row, *row, folder_of(out, *row), steps, n): row for row in missing}
         bar = tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", unit="row")
         try:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from data import Cue
-from evaluation.heldout import is_right, thing_of
+from evaluation.heldout import is_right, target_object
 from files.errors import UserError, exit_on_error
 from locus_mini import LOCUS, Example, Task, run, score, update_policy
 from policy import Policy, Rollout
-from prompts import Encoded, Tools, encode, prompt_text
+from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Reward, reward
 from tiny import scenes
 from tiny.scenes import Question
@@ -35,10 +35,10 @@ def question_of(cue: Cue, index: int) -> Question:
     return random.Random(index).choice(some or possible)
 
 
-def encode_question(tools: Tools, cue: Cue, index: int, cfg: Config) -> Encoded:
+def encode_question(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
     """The question that stands for the index-th cue, on the full image and without its crop."""
-    text = prompt_text(tools.family, "string", question=question_of(cue, index).text)
-    return encode(tools, text, cue.image)
+    text = prompt_text(processor.family, "string", question=question_of(cue, index).text)
+    return encode(processor, text, cue.image)
 
 
 def score_randomly(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
@@ -50,11 +50,13 @@ def score_randomly(completions: list[str], example: Example, cfg: Config) -> lis
     return [replace(r, total=rng.random()) for r in score(completions, example, cfg)]
 
 
-def score_another_thing(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
+def score_shuffled_target(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
     """The overlap with another thing of the scene; `iou` stays the true one."""
     rng = random.Random(f"shuffled/{example.index}")
     cue = example.cue
-    other = rng.choice([thing for thing in cue.scene.things if thing != thing_of(cue)])
+    other = rng.choice(
+        [scene_object for scene_object in cue.scene.objects if scene_object != target_object(cue)]
+    )
     wrong = [reward(text, example.prompt.frame.to_units(other.box), cfg.alpha) for text in completions]
     true = score(completions, example, cfg)
     return [replace(r, total=w.total) for r, w in zip(true, wrong, strict=True)]
@@ -81,15 +83,15 @@ def sft_loss(
     logps, weights: [B, 1, T]; advantages: [B, 1]. In place of grpo_loss, whose other arguments it ignores.
     """
     none = torch.zeros((), device=logps.device)
-    return -(weights * advantages[..., None] * logps).sum(), {"kl": none, "clipped": none}
+    return -(weights * advantages[..., None] * logps).sum(), {"kl": none, "clip_ratio": none}
 
 
-def true_answers(policy: Policy, items: list[Encoded], cues: list[Cue]) -> Rollout:
+def ground_truth_completions(policy: Policy, items: list[EncodedPrompt], cues: list[Cue]) -> Rollout:
     """What SFT imitates, as groups of one answer: what is in the window as the thought, then the true box.
 
     The paper's rationale is a teacher's; here it is what the cue is known to show, or nothing.
     """
-    tokenizer, begun, rows = policy.tools.tokenizer, policy.tools.family.opening.strip(), []
+    tokenizer, begun, rows = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
     for item, cue in zip(items, cues, strict=True):
         thought = f"<think> {cue.text}" if cue.text else "<think>"
         text = f"{thought}</think><answer>{item.frame.to_text(cue.box)}</answer>".removeprefix(begun)
@@ -101,29 +103,33 @@ def true_answers(policy: Policy, items: list[Encoded], cues: list[Cue]) -> Rollo
     return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
 
 
-def roll_out_true_answers(policy: Policy, batch: list[Example], step: int, cfg: Config) -> Rollout:
+def rollout_ground_truth(policy: Policy, batch: list[Example], step: int, cfg: Config) -> Rollout:
     """SFT has no rollout: its completions are the true answers."""
-    return true_answers(policy, *zip(*((example.prompt, example.cue) for example in batch)))
+    return ground_truth_completions(policy, *zip(*((example.prompt, example.cue) for example in batch)))
 
 
 def imitate_all(
     policy: Policy,
     optimizer: Any,
     batch: list[Example],
-    roll: Rollout,
+    rollouts: Rollout,
     advantages: Tensor,
     step: int,
     cfg: Config,
 ) -> dict[str, float]:
     """One step of SFT: every completion is worth imitating."""
-    metrics = update_policy(policy, optimizer, batch, roll, torch.ones_like(advantages), step, cfg, sft_loss)
-    return metrics | {"rollout_gap": 0.0, "zero_variance": 0.0}  # nothing was sampled
+    metrics = update_policy(
+        policy, optimizer, batch, rollouts, torch.ones_like(advantages), step, cfg, sft_loss
+    )
+    return metrics | {"rollout_gap": 0.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
 
 
-def best_answers(roll: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
+def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
     """The best answer of each group, as groups of one; and whether it was better than another, [B, 1]."""
     row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B]
-    kept = Rollout(*(t[row, best][:, None] for t in (roll.tokens, roll.mask, roll.logps, roll.stopped)))
+    kept = Rollout(
+        *(t[row, best][:, None] for t in (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished))
+    )
     return kept, (advantages.amax(1) > advantages.amin(1)).float()[:, None]
 
 
@@ -131,13 +137,15 @@ def imitate_best(
     policy: Policy,
     optimizer: Any,
     batch: list[Example],
-    roll: Rollout,
+    rollouts: Rollout,
     advantages: Tensor,
     step: int,
     cfg: Config,
 ) -> dict[str, float]:
     """Imitates the best of the G answers, without pushing any away."""
-    return update_policy(policy, optimizer, batch, *best_answers(roll, advantages), step, cfg, sft_loss)
+    return update_policy(
+        policy, optimizer, batch, *best_completions(rollouts, advantages), step, cfg, sft_loss
+    )
 
 
 # ---------------------------------------------------------------- all weights
@@ -149,7 +157,7 @@ def all_weights(policy: Policy, rank: int = 0, seed: int = 0) -> Policy:
     It is PEFT that keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the
     embedded model only: a large one would need several times its own memory.
     """
-    if policy.tools.family.template != "short":
+    if policy.processor.family.template != "short":
         raise UserError("The variant all_weights is for the embedded model alone: leave out --model.")
     from peft import LoraConfig, get_peft_model
 
@@ -181,16 +189,16 @@ VARIANTS = {
     "locus": Variant("cue search, rewarded by IoU", LOCUS),
     "sft": Variant(
         "imitate the true box, without a rollout (Table 4)",
-        replace(LOCUS, name="sft", roll_out=roll_out_true_answers, update=imitate_all),
-        {"kl": 0.0},
+        replace(LOCUS, name="sft", sample=rollout_ground_truth, update=imitate_all),
+        {"beta": 0.0},
     ),
     "best": Variant(
-        "imitate the best of the G answers", replace(LOCUS, name="best", update=imitate_best), {"kl": 0.0}
+        "imitate the best of the G answers", replace(LOCUS, name="best", update=imitate_best), {"beta": 0.0}
     ),
     "random": Variant("a reward by chance", replace(LOCUS, name="random", score=score_randomly)),
     "shuffled": Variant(
         "the overlap with another thing of the scene",
-        replace(LOCUS, name="shuffled", score=score_another_thing),
+        replace(LOCUS, name="shuffled", score=score_shuffled_target),
         scenes_only=True,
     ),
     "questions": Variant(
@@ -219,7 +227,7 @@ def variant_flags(name: str, flags: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     usage = "\n".join([__doc__, *(f"    {name:12} {variant.note}" for name, variant in VARIANTS.items())])
     name = next(iter(sys.argv[1:]), "")
-    with exit_on_error(), run_folder.sigterm_is_ctrl_c():
+    with exit_on_error(), run_folder.sigterm_as_keyboard_interrupt():
         if name in VARIANTS:
             run(variant_flags(name, read_flags(usage, sys.argv[2:])), VARIANTS[name].task)
         else:

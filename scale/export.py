@@ -24,7 +24,7 @@ from files.disk import file_stats, fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from models import read_family
 from prompts import FAMILIES, PROMPTS, BoxFrame, Family, box_frame, opening, prompt_text
-from training.run_folder import at_work, refuse_difference
+from training.run_folder import lock_run_folder, require_same_settings
 
 EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels of its examples, and of easyr1.yaml
 QWEN = {  # of a frame without a model: family, cell, the limits that its processors are published with
@@ -178,7 +178,7 @@ def begin(out: Path, split: str, settings: dict[str, Any]) -> None:
     path, settings = out / f"{split}.settings.json", json.loads(json.dumps(settings, default=str))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        refuse_difference(path, found, settings)
+        require_same_settings(path, found, settings)
     except FileNotFoundError:
         if (out / f"{split}.jsonl").exists():
             raise UserError(f"{out} holds a {split}.jsonl of something else: give another DIR.") from None
@@ -211,7 +211,7 @@ def export_cues(
     rows = out / f"{split}.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with at_work(out):
+        with lock_run_folder(out):
             begin(out, split, settings)
             image_folder(out, source)
             if format == "easyr1":

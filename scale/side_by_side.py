@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor, TrainerCallback
 
-from data import Cue, CueConfig, Cues, FolderCues, open_cues
+from data import Cue, CueConfig, Cues, folder_cues, open_cues
 from locus_mini import train_step
 from models import add_lora, load_policy, make_policy
 from policy import Policy
-from prompts import FAMILIES, Tools
+from prompts import FAMILIES, Processor
 from scale.export import Target, make_row
 from scale.rewards import box_reward
 from training.settings import Config, resolve
@@ -46,7 +46,7 @@ SAME |= dict(
 
 def rows_of(policy: Policy, cues: list[Cue], source: str) -> list[dict[str, Any]]:
     """Cues as rows of an export for TRL, with the pictures themselves in place of their paths."""
-    family, processor = policy.tools.family, policy.tools.image_processor
+    family, processor = policy.processor.family, policy.processor.image_processor
     cell = processor.patch_size * processor.merge_size
     target = Target("trl", family, cell, family.image_pixels, family.image_pixels)
     return [make_row(target, cue, source, [cue.image, target.crop(cue)]) for cue in cues]
@@ -58,11 +58,13 @@ def make_trainer(policy: Policy, rank: int, rows: list[dict], folder: str, **set
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    tools, (low, high) = policy.tools, policy.tools.family.image_pixels
-    tools.image_processor.size = {"shortest_edge": low, "longest_edge": high}
-    template = tools.tokenizer.chat_template
-    processor = Qwen3VLProcessor(tools.image_processor, tools.tokenizer, Qwen3VLVideoProcessor(), template)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=tools.family.lora_targets)
+    processor, (low, high) = policy.processor, policy.processor.family.image_pixels
+    processor.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+    template = processor.tokenizer.chat_template
+    processor = Qwen3VLProcessor(
+        processor.image_processor, processor.tokenizer, Qwen3VLVideoProcessor(), template
+    )
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=processor.family.lora_targets)
     quiet = dict(use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
     args = GRPOConfig(folder, **(SAME | quiet | dict(shuffle_dataset=False, logging_steps=1) | settings))
     data = Dataset.from_list(rows)
@@ -73,7 +75,7 @@ def subject(name: str, folder: Path) -> tuple[Policy, Cues, Config]:
     """A model, cues and settings to measure a step with."""
     if name == "embedded":
         policy = load_policy("tiny")
-        cfg, _ = resolve({"prompts": MODELS[name], "group": GROUP}, policy.tools.family)
+        cfg, _ = resolve({"prompts": MODELS[name], "num_generations": GROUP}, policy.processor.family)
         return policy, open_cues("scenes", "train", 0, CueConfig()), cfg
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from random_models import noise, random_model, random_policy
@@ -82,15 +84,15 @@ def subject(name: str, folder: Path) -> tuple[Policy, Cues, Config]:
 
     tokenizer = architecture.build_tokenizer()
     model = random_model("qwen3_vl", tokenizer, width=512, layers=15, intermediate_size=2048)
-    processor = random_policy("qwen3_vl").tools.image_processor
+    processor = random_policy("qwen3_vl").processor.image_processor
     family = replace(FAMILIES["qwen3_vl"], image_pixels=(64**2, 768**2), crop_pixels=(64**2, 64**2))
-    policy = make_policy(model, Tools(tokenizer, processor, family, ""), torch.device("cpu"))
+    policy = make_policy(model, Processor(tokenizer, processor, family, ""), torch.device("cpu"))
     policy.stop_ids = torch.tensor([-1])  # every answer has full length
     for i in range(20):
         noise((704, 704), i).save(folder / f"{i}.png")
-    flags = {"prompts": MODELS[name], "group": GROUP, "max_new_tokens": ANSWER, "source": "random"}
+    flags = {"prompts": MODELS[name], "num_generations": GROUP, "max_new_tokens": ANSWER, "source": "random"}
     cfg, _ = resolve(flags, family)
-    return policy, FolderCues(folder, CueConfig("random"), "train", 0), cfg
+    return policy, folder_cues(folder, CueConfig("random"), "train", 0), cfg
 
 
 class Clock(TrainerCallback):
@@ -118,11 +120,11 @@ def measure(name: str, way: str, repeat: int, folder: Path) -> dict[str, float]:
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         for step in range(repeat + 1):
             clock.on_step_begin()
-            length = train_step(policy, optimizer, cues, step, cfg)[0]["length"]
+            length = train_step(policy, optimizer, cues, step, cfg)[0]["completions/mean_length"]
             clock.on_step_end()
     else:
         rows = rows_of(policy, [cues[i] for i in range(cfg.prompts * (repeat + 1))], cfg.source)
-        answers = dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.kl)
+        answers = dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.beta)
         answers |= dict(per_device_train_batch_size=cfg.prompts * GROUP, max_steps=repeat + 1, delta=3.0)
         answers["gradient_checkpointing"] = way == "TRL"
         if name != "embedded":

@@ -1,6 +1,6 @@
 """What packing a group saves: one GRPO step of one prompt, packed, as G rows, and one row at a time.
 
-    python tests/bench_group.py [--group 8] [--prompt 600] [--answer 100] [--repeat 3]
+    python tests/bench_group.py [--num-generations 8] [--prompt 600] [--answer 100] [--repeat 3]
 
 Each way runs in a process of its own, so that its peak memory is its own; the answers are the same.
 """
@@ -33,9 +33,9 @@ def measure(way: str, group: int, prompt: int, length: int, repeat: int) -> dict
     policy.stop_ids = torch.tensor([-1])  # every answer has full length
     policy = add_lora(policy, 16)
     picture = noise((320, 256), 0)
-    policy.tools.family.__dict__.update(image_pixels=(1, 10**9))
-    item = encode(policy.tools, "x", picture)
-    item = encode(policy.tools, "x" + "?" * (prompt - len(item.ids)), picture)  # a token each
+    policy.processor.family.__dict__.update(image_pixels=(1, 10**9))
+    item = encode(policy.processor, "x", picture)
+    item = encode(policy.processor, "x" + "?" * (prompt - len(item.input_ids)), picture)  # a token each
     answers = {
         "packed": [(1, group)],
         "rows in a batch": [(group, 1)],
@@ -55,40 +55,42 @@ def measure(way: str, group: int, prompt: int, length: int, repeat: int) -> dict
         began = time.perf_counter()
         advantages = group_advantages(torch.arange(float(group))[None])[0]  # [G]
         taken, full = 0, []
-        for batch, roll in passes:
-            count = roll.tokens.shape[0] * roll.tokens.shape[1]
-            full.append((batch, roll, advantages[taken : taken + count].view(roll.tokens.shape[:2]), None))
+        for batch, rollouts in passes:
+            count = rollouts.tokens.shape[0] * rollouts.tokens.shape[1]
+            full.append(
+                (batch, rollouts, advantages[taken : taken + count].view(rollouts.tokens.shape[:2]), None)
+            )
             taken += count
         optimizer_step(policy, optimizer, full, cfg)
         times["passes"].append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = sum(p.numel() for p in policy.model.parameters())
     best = {name: min(values) for name, values in times.items()}
-    return best | {"memory_gb": (peak - base) / 2**20, "parameters": size, "prompt": len(item.ids)}
+    return best | {"memory_gb": (peak - base) / 2**20, "parameters": size, "prompt": len(item.input_ids)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--num-generations", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=600)
     parser.add_argument("--answer", type=int, default=100)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    numbers = (args.group, args.prompt, args.answer, args.repeat)
+    numbers = (args.num_generations, args.prompt, args.answer, args.repeat)
     if args.way:
         print(json.dumps(measure(args.way, *numbers)))
         return
     found = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way]
-        for name, value in zip(("--group", "--prompt", "--answer", "--repeat"), numbers):
+        for name, value in zip(("--num-generations", "--prompt", "--answer", "--repeat"), numbers):
             command += [name, str(value)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found[way] = json.loads(out.strip().splitlines()[-1])
     first = found["packed"]
     size = f"{first['parameters'] / 1e6:.0f} M parameters"
-    print(f"{size}, P = {first['prompt']}, G = {args.group}, T = {args.answer}")
+    print(f"{size}, P = {first['prompt']}, G = {args.num_generations}, T = {args.answer}")
     print(f"{'':20}{'rollout':>10}{'passes':>10}{'step':>10}{'memory':>10}{'time':>8}{'memory':>8}")
     for way, m in found.items():
         step = m["rollout"] + m["passes"]

@@ -115,7 +115,13 @@ ON_GPU = [
     Case("Qwen2.5-VL-7B-Instruct", {"image_pixels": 1280 * 960}, card=16),
 ]
 # True widths, but so few layers, words and tokens that a CPU can do it.
-FEW = {"group": 4, "max_new_tokens": 24, "prompts": 2, "image_pixels": 224**2, "crop_pixels": 112**2}
+FEW = {
+    "num_generations": 4,
+    "max_new_tokens": 24,
+    "prompts": 2,
+    "image_pixels": 224**2,
+    "crop_pixels": 112**2,
+}
 FLAT = {
     "num_hidden_layers": 2,
     "vocab_size": 32_000,
@@ -125,7 +131,7 @@ NESTED = {"text_config": {"num_hidden_layers": 2, "vocab_size": 32_000}}
 NESTED["vision_config"] = {"depth": 2, "deepstack_visual_indexes": [0]}
 ON_CPU = [
     Case("Qwen2.5-VL-3B-Instruct", FEW, FLAT),
-    Case("Qwen2.5-VL-3B-Instruct", FEW | {"recompute": False}, FLAT),
+    Case("Qwen2.5-VL-3B-Instruct", FEW | {"gradient_checkpointing": False}, FLAT),
     Case("Qwen3-VL-4B-Instruct", FEW, NESTED),
     Case("Qwen2.5-VL-7B-Instruct", FEW, FLAT),
 ]
@@ -153,7 +159,10 @@ def measure_case(case: Case, folder: Path) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - dry_run.CONTEXT) * 1e9 / whole))
         policy, cfg, _ = prepare(flags)
         steps = dry_run.largest_steps(policy, cfg, train_step, LOCUS)
-        row |= {"seconds": steps[-1]["seconds"], "tokens": cfg.prompts * cfg.group * cfg.max_new_tokens}
+        row |= {
+            "seconds": steps[-1]["seconds"],
+            "tokens": cfg.prompts * cfg.num_generations * cfg.max_new_tokens,
+        }
         return row | {"found": memory.PEAKS}
     policy, cfg, _ = prepare(flags, dtype=torch.bfloat16)
     memory.METER = tracker = Tracker()
@@ -223,8 +232,12 @@ def decoding(policy: Policy, batch: Any, group: int, longest: int) -> float:
 def check_rollout(folder: Path) -> None:
     """Tokens a second at batch 64 beside what the memory's bandwidth allows, and where a step's time goes."""
     policy, cfg, _ = prepare({"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480})
-    cues, G, T = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels), cfg.group, cfg.max_new_tokens
-    items = [example.prompt for example in sample_batch(policy.tools, cues, 0, cfg)]
+    cues, G, T = (
+        dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels),
+        cfg.num_generations,
+        cfg.max_new_tokens,
+    )
+    items = [example.prompt for example in sample_batch(policy.processor, cues, 0, cfg)]
     checked = self_check(policy, items[:2], G, 32, 0)
     print("self-check: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
@@ -234,7 +247,7 @@ def check_rollout(folder: Path) -> None:
     text, sizes = config.get_text_config(), dry_run.weights(dry_run.empty_model(config), family, True, 16)
     size = text.hidden_size // text.num_attention_heads
     column = 4 * text.num_key_value_heads * size * text.num_hidden_layers  # bytes of keys and values
-    cache = len(items) * (batch.ids.shape[1] + G * T / 2) * column
+    cache = len(items) * (batch.input_ids.shape[1] + G * T / 2) * column
     head = 2 * text.vocab_size * text.hidden_size
     least = (sizes["text layers"] + sizes["adapter"] + head + cache) / rate  # seconds for one token of all
     found, allowed = len(items) * G * T / seconds, len(items) * G / least
@@ -253,19 +266,19 @@ def check_packing() -> None:
     """A token's log-probability in bf16, packed with its group and in a row alone: the median difference."""
     policy = add_lora(load_policy("tiny", load_in_4bit=False, dtype=torch.bfloat16), 16)
     cues = open_cues("scenes", "train", 0, CueConfig())
-    items = [encode_cue(policy.tools, cues[i], "object") for i in range(8)]
+    items = [encode_cue(policy.processor, cues[i], "object") for i in range(8)]
     batch = collate(policy, items)
     generator = torch.Generator(policy.device).manual_seed(0)
-    roll = rollout(policy, batch, 8, 40, generator)
+    rollouts = rollout(policy, batch, 8, 40, generator)
     with torch.no_grad():
-        packed = token_logps(policy, batch, roll.tokens, roll.mask)  # [B, G, T]
+        packed = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
         alone = torch.zeros_like(packed)
         for b, item in enumerate(items):
             row = collate(policy, [item])
             for g in range(8):
                 some = (slice(b, b + 1), slice(g, g + 1))
-                alone[some] = token_logps(policy, row, roll.tokens[some], roll.mask[some])
-    gap = (packed - alone).abs()[roll.mask]
+                alone[some] = token_logps(policy, row, rollouts.tokens[some], rollouts.mask[some])
+    gap = (packed - alone).abs()[rollouts.mask]
     print(
         f"bf16, packed against one row: median {gap.median():.4f} nats, largest {gap.max():.3f} (under 0.02)"
     )
@@ -329,7 +342,7 @@ def one_step(way: str, folder: Path) -> None:
     """
     build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
-    policy, cfg, _ = prepare(flags | {"recompute": way == "ours"})
+    policy, cfg, _ = prepare(flags | {"gradient_checkpointing": way == "ours"})
     cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
     memory.METER = None  # one peak of all phases
     torch.cuda.reset_peak_memory_stats()
@@ -341,8 +354,8 @@ def one_step(way: str, folder: Path) -> None:
         policy.model = policy.model.unload()
         rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")
         ways = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
-        ways |= dict(per_device_train_batch_size=cfg.group, gradient_accumulation_steps=cfg.prompts)
-        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.kl, delta=3.0)
+        ways |= dict(per_device_train_batch_size=cfg.num_generations, gradient_accumulation_steps=cfg.prompts)
+        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.beta, delta=3.0)
         ways |= dict(generation_kwargs={"min_new_tokens": cfg.max_new_tokens})
         trainer, clock = make_trainer(policy, cfg.lora_rank, rows, str(folder / "trl"), **ways), Clock()
         trainer.add_callback(clock)

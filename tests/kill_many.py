@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--steps", 12, "--prompts", 4, "--group", 4, "--max-new-tokens", 16, "--eval-cues", 4]
+SMALL = ["--steps", 12, "--prompts", 4, "--num-generations", 4, "--max-new-tokens", 16, "--eval-cues", 4]
 SMALL = [str(word) for word in (*SMALL, "--save-every", 2, "--show-every", 0)]
 
 

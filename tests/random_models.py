@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from models import add_lora, make_policy
 from policy import Policy
-from prompts import FAMILIES, Encoded, Tools, encode
+from prompts import FAMILIES, EncodedPrompt, Processor, encode
 from tiny import architecture
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")
@@ -62,7 +62,7 @@ def random_policy(kind: str, stop_every: int = 12, **extra) -> Policy:
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, image_mean=half, image_std=half)
     cell = (2 * patch) ** 2
     family = replace(FAMILIES[kind], image_pixels=(cell, 12 * cell), crop_pixels=(cell, 4 * cell))
-    policy = make_policy(model, Tools(tokenizer, processor, family, ""), torch.device("cpu"))
+    policy = make_policy(model, Processor(tokenizer, processor, family, ""), torch.device("cpu"))
     policy.stop_ids = torch.arange(20, len(tokenizer), stop_every)
     return policy
 
@@ -81,12 +81,12 @@ def noise(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-def prompts(policy: Policy, count: int = 3) -> list[Encoded]:
+def prompts(policy: Policy, count: int = 3) -> list[EncodedPrompt]:
     """Prompts of different lengths: images of different sizes, with and without a crop."""
     sizes = [(90, 60), (64, 130), (200, 70), (64, 64)]
     pictures = [noise(sizes[i % 4], i) for i in range(count)]
     crops = [None if i % 3 == 2 else picture.crop((5, 5, 45, 35)) for i, picture in enumerate(pictures)]
     return [
-        encode(policy.tools, "Find it." * (i + 1), picture, crop=crop)
+        encode(policy.processor, "Find it." * (i + 1), picture, crop=crop)
         for i, (picture, crop) in enumerate(zip(pictures, crops))
     ]

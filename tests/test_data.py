@@ -14,9 +14,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data
-from data import CueConfig, SceneCues, encode_cue
+from data import CueConfig, encode_cue, scene_cues
 from files.errors import UserError
-from prompts import FAMILIES, UNITS, Tools, box_frame, encode, prompt_text
+from prompts import FAMILIES, UNITS, Processor, box_frame, encode, prompt_text
 from reward import iou, parse_box
 from tiny import architecture, scenes
 
@@ -24,11 +24,11 @@ from tiny import architecture, scenes
 
 
 def grids(item) -> torch.Tensor:
-    return torch.stack([picture.grid for picture in item.pictures])
+    return torch.stack([picture.grid_thw for picture in item.images])
 
 
 def pixels(item) -> torch.Tensor:
-    return torch.cat([picture.pixels for picture in item.pictures])
+    return torch.cat([picture.pixel_values for picture in item.images])
 
 
 def share(box, width: int, height: int) -> float:
@@ -127,7 +127,7 @@ def unpainted(monkeypatch):
 
 
 def test_ten_thousand_draws(unpainted):
-    cues = SceneCues(CueConfig(), "train", 0, things=(4, 6))
+    cues = scene_cues(CueConfig(), "train", 0, num_objects=(4, 6))
     sizes = []
     for i in range(10_000):
         cue = cues[i]
@@ -139,7 +139,7 @@ def test_ten_thousand_draws(unpainted):
 
 @pytest.mark.parametrize(("ratio", "size"), [(0.0, "small"), (1.0, "tiny")])
 def test_ratios_at_their_ends(unpainted, ratio, size):
-    cues = SceneCues(CueConfig(tiny_ratio=ratio), "train", 0)
+    cues = scene_cues(CueConfig(tiny_ratio=ratio), "train", 0)
     assert {cues[i].size for i in range(100)} == {size}
 
 
@@ -150,42 +150,42 @@ def looks(cue) -> tuple:
 @pytest.mark.parametrize("source", ["object", "random", "large", "text"])
 def test_a_cue_depends_on_split_seed_and_index_alone(source):
     cfg = CueConfig(source=source)
-    first = SceneCues(cfg, "train", 3)
+    first = scene_cues(cfg, "train", 3)
     forward = [looks(first[i]) for i in range(8)]
     random.seed(99)  # nothing global may matter
-    other = SceneCues(cfg, "train", 3)
+    other = scene_cues(cfg, "train", 3)
     assert [looks(other[i]) for i in reversed(range(8))] == forward[::-1]
-    assert looks(SceneCues(cfg, "train", 3)[5]) == forward[5]
-    assert looks(SceneCues(cfg, "train", 4)[5]) != forward[5]
-    assert looks(SceneCues(cfg, "heldout", 3)[5]) != forward[5]
+    assert looks(scene_cues(cfg, "train", 3)[5]) == forward[5]
+    assert looks(scene_cues(cfg, "train", 4)[5]) != forward[5]
+    assert looks(scene_cues(cfg, "heldout", 3)[5]) != forward[5]
 
 
 def test_training_and_held_out_scenes_differ():
-    train, heldout = (SceneCues(CueConfig(), split, 0) for split in ("train", "heldout"))
+    train, heldout = (scene_cues(CueConfig(), split, 0) for split in ("train", "heldout"))
     splits = [{cues[i].image.tobytes() for i in range(60)} for cues in (train, heldout)]
     assert [len(split) for split in splits] == [60, 60] and not splits[0] & splits[1]
 
 
 def test_sources_on_scenes():
-    cues = {source: SceneCues(CueConfig(source=source), "train", 0) for source in data.SOURCES}
+    cues = {source: scene_cues(CueConfig(source=source), "train", 0) for source in data.SOURCES}
     for i in range(40):
         for source, kind in cues.items():
             cue = kind[i]
             check_cue(cue)
-            names = {thing.name: thing for thing in cue.scene.things}
+            names = {scene_object.name: scene_object for scene_object in cue.scene.objects}
             assert 12 <= len(names) <= 16
             assert (cue.size == "large") == (source == "large")
             assert cue.crop.size == (scenes.CROP_SIDE, scenes.CROP_SIDE)
             if source == "random":
                 assert cue.text is None
                 continue
-            thing = names[cue.text].box
+            scene_object = names[cue.text].box
             if source == "large":
                 assert 0.1 <= share(cue.box, *cue.image.size) <= 0.31
-                assert cue.box[0] <= thing[0] and cue.box[1] <= thing[1]
-                assert cue.box[2] >= thing[2] and cue.box[3] >= thing[3]
+                assert cue.box[0] <= scene_object[0] and cue.box[1] <= scene_object[1]
+                assert cue.box[2] >= scene_object[2] and cue.box[3] >= scene_object[3]
             else:
-                assert iou(cue.box, thing) > 0.5
+                assert iou(cue.box, scene_object) > 0.5
 
 
 # ---------------------------------------------------------------- cues from COCO
@@ -227,7 +227,7 @@ class Corpus:
 
     def open(self, split: str = "train", seed: int = 0, **cfg):
         files = {key: cfg.pop(key) for key in ("exclude", "expressions") if key in cfg}
-        return data.CocoCues(self.file, self.images, CueConfig(**cfg), split, seed, **files)
+        return data.coco_cues(self.file, self.images, CueConfig(**cfg), split, seed, **files)
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_images_come_out_as_the_rgb_that_boxes_mean(corpus, picture, name, save,
     assert off.max() <= (1 if name == "a.png" else 12)
 
 
-@pytest.mark.parametrize("broken", ["size", "missing", "truncated", "text", "empty"])
+@pytest.mark.parametrize("broken", ["size", "missing", "completions/clipped_ratio", "text", "empty"])
 def test_images_that_do_not_fit_are_never_drawn(corpus, broken):
     good, bad = an_id(False), an_id(False, 1)
     corpus.image(good, noise(200, 100))
@@ -338,7 +338,9 @@ def test_images_that_do_not_fit_are_never_drawn(corpus, broken):
     if broken == "missing":
         file.unlink()
     elif broken != "size":
-        file.write_bytes({"truncated": file.read_bytes()[:200], "text": b"<html>", "empty": b""}[broken])
+        file.write_bytes(
+            {"completions/clipped_ratio": file.read_bytes()[:200], "text": b"<html>", "empty": b""}[broken]
+        )
     for number in (good, bad):
         corpus.box(number, 30, 30, 20, 20)
     cues = corpus.open(tiny_ratio=0)
@@ -491,8 +493,8 @@ def test_original_pixels_taken_for_resized_ones(size, low, high):
 
 
 @pytest.fixture(scope="module")
-def tools():
-    return Tools(
+def processor():
+    return Processor(
         architecture.build_tokenizer(),
         architecture.build_image_processor(),
         FAMILIES["tiny"],
@@ -500,16 +502,16 @@ def tools():
     )
 
 
-def test_image_tokens_are_counted_and_marked(tools):
-    cue = SceneCues(CueConfig(), "train", 0)[0]
+def test_image_tokens_are_counted_and_marked(processor):
+    cue = scene_cues(CueConfig(), "train", 0)[0]
     for source, cells in (("object", [36, 4]), ("text", [36])):
-        item = encode_cue(tools, cue, source)
-        image = tools.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        item = encode_cue(processor, cue, source)
+        image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         assert (grids(item).prod(-1) // 4).tolist() == cells
-        assert item.kinds.tolist() == (item.ids == image).long().tolist()
-        assert item.kinds.sum() == sum(cells)
+        assert item.mm_token_type_ids.tolist() == (item.input_ids == image).long().tolist()
+        assert item.mm_token_type_ids.sum() == sum(cells)
         assert pixels(item).shape == (4 * sum(cells), 3 * 2 * 16 * 16)
-        text = tools.tokenizer.decode(item.ids[item.kinds == 0])
+        text = processor.tokenizer.decode(item.input_ids[item.mm_token_type_ids == 0])
         assert text.count("<|vision_start|><|vision_end|>") == len(cells)
         assert text.endswith("<|im_start|>assistant\n")
         wanted = "Find Image 2 in Image 1." if source == "object" else f"Find the {cue.text}."
@@ -521,21 +523,21 @@ def test_image_tokens_are_counted_and_marked(tools):
 def test_pixel_limits_of_image_and_crop_are_their_own(size, kind, patch):
     family = replace(FAMILIES[kind], image_pixels=(56**2, 300**2), crop_pixels=(112**2, 150**2))
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2)
-    tools = Tools(architecture.build_tokenizer(), processor, family, "<|image_pad|>")
-    item = encode(tools, "Find it.", noise(*size), crop=noise(16, 16))
+    processor = Processor(architecture.build_tokenizer(), processor, family, "<|image_pad|>")
+    item = encode(processor, "Find it.", noise(*size), crop=noise(16, 16))
     image, crop = (grids(item).prod(-1) * patch**2).tolist()
     assert image <= 300**2 and 112**2 <= crop <= 150**2
-    assert item.kinds.sum() == grids(item).prod(-1).sum() // 4
+    assert item.mm_token_type_ids.sum() == grids(item).prod(-1).sum() // 4
     frame = item.frame
     assert (frame.width, frame.height) == size
     resized = (int(grids(item)[0, 2]) * patch, int(grids(item)[0, 1]) * patch)
     assert (frame.units_x, frame.units_y) == (resized if kind == "qwen2_5_vl" else (1000, 1000))
 
 
-def test_the_two_pictures_stand_in_order(tools):
+def test_the_two_pictures_stand_in_order(processor):
     white, black = Image.new("RGB", (192, 192), "white"), Image.new("RGB", (64, 64))
-    first, second = encode(tools, "x", white, crop=black).pictures
-    assert (first.pixels == 1).all() and (second.pixels == -1).all()
+    first, second = encode(processor, "x", white, crop=black).images
+    assert (first.pixel_values == 1).all() and (second.pixel_values == -1).all()
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))

@@ -10,7 +10,7 @@ from PIL import Image
 from random_models import noise, random_policy, with_adapter
 
 import eval as evaluation
-from data import CueConfig, SceneCues
+from data import CueConfig, scene_cues
 from evaluation import reply_cache
 from evaluation.reply_cache import ReplyCache
 from files.errors import UserError
@@ -37,7 +37,7 @@ def vstar(tmp_path_factory) -> Path:
     for kind in ("direct_attributes", "relative_position"):
         (root / kind).mkdir()
         for i in range(4):
-            cue = SceneCues(CueConfig(), "heldout", 7)[i + 10 * (kind == "relative_position")]
+            cue = scene_cues(CueConfig(), "heldout", 7)[i + 10 * (kind == "relative_position")]
             q = next(q for q in scenes.questions(cue.scene) if q.kind == "place")
             cue.image.save(root / kind / f"{i}.png")
             others = [place for place in scenes.PLACES if place != q.answer]
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(adapter, vstar, tmp_path, monkey
     real = reply_cache.rollout
 
     def counted(policy, batch, *rest):
-        asked.extend(batch.items)
+        asked.extend(batch.prompts)
         return real(policy, batch, *rest)
 
     monkeypatch.setattr(reply_cache, "rollout", counted)
@@ -133,7 +133,7 @@ def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar,
     victim.save(vstar / "relative_position" / "2.png")
 
     def full(policy, batch, *rest):
-        if any(picture is item.pictures[0] for picture in lost for item in batch.items):
+        if any(picture is item.images[0] for picture in lost for item in batch.prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(policy, batch, *rest)
 
@@ -143,7 +143,7 @@ def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar,
     def marked(sample, **ways):
         item = prompt(sample, **ways)
         if sample.id == "relative_position/2":
-            lost.append(item.pictures[0])
+            lost.append(item.images[0])
         return item
 
     monkeypatch.setattr(reply_cache, "rollout", full)
@@ -184,7 +184,7 @@ def test_cue_search_on_photos_by_size(tmp_path):
 
 
 def test_ask_about_a_picture_of_ones_own(adapter, tmp_path, capsys):
-    SceneCues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
+    scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
     ways = ("--adapter", adapter, "--out", tmp_path / "out")
     code, results = run("ask", tmp_path / "mine.png", "What shape is the red thing?", *ways)
     assert code == 0 and set(results) == {"before", "after"}

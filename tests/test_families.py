@@ -69,23 +69,25 @@ def test_module_by_module_what_is_4_bit_16_bit_32_bit_and_trained(model):
     assert (
         seen["4 bit"] == 7 * 2 and seen["trained"] == 2 * 7 * 2
     )  # maps of a layer × layers; A and B of each
-    visual = [m for name, m in policy.whole.named_modules() if "visual" in name and isinstance(m, nn.Linear)]
+    visual = [
+        m for name, m in policy.base_model.named_modules() if "visual" in name and isinstance(m, nn.Linear)
+    ]
     assert visual and all(type(m) is nn.Linear for m in visual), "the vision tower is not to be quantised"
-    assert type(policy.whole.lm_head) is nn.Linear
-    tied = policy.whole.lm_head.weight is policy.whole.model.language_model.embed_tokens.weight
-    assert tied == policy.whole.config.tie_word_embeddings
+    assert type(policy.base_model.lm_head) is nn.Linear
+    tied = policy.base_model.lm_head.weight is policy.base_model.model.language_model.embed_tokens.weight
+    assert tied == policy.base_model.config.tie_word_embeddings
 
 
 def test_the_whole_program_in_4_bit_on_coco(model, coco, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     arguments = ["--model", model, "--load-in-4bit", *coco, "--out", run, "--steps", 2, "--prompts", 2]
-    arguments += ["--group", 3, "--max-new-tokens", 6, "--eval-cues", 1, "--image-pixels", 60_000]
+    arguments += ["--num-generations", 3, "--max-new-tokens", 6, "--eval-cues", 1, "--image-pixels", 60_000]
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *map(str, arguments)])
     locus_mini.main()
     said = capsys.readouterr().out
     assert "self-check passed" in said and (run / "adapter" / "adapter_model.safetensors").is_file()
     results = json.loads((run / "results.json").read_text())
-    assert results["after"]["cue"]["n"] == 1 and results["settings"]["recompute"]
+    assert results["after"]["cue"]["n"] == 1 and results["settings"]["gradient_checkpointing"]
     config = json.loads((run / "config.json").read_text())
     assert config["origin"]["lr"] == config["origin"]["micro_batch"] == "model family"
     assert config["origin"]["image_pixels"] == "flag" and config["image_pixels"] == 60_000
@@ -100,18 +102,18 @@ def test_the_whole_program_in_4_bit_on_coco(model, coco, tmp_path, monkeypatch, 
 def test_a_prompt_reads_as_the_published_template_has_it(model):
     """Default system prompt, two images, the text, and how far the template begins the answer itself."""
     policy = load_policy(str(model), load_in_4bit=False)
-    item = encode(policy.tools, "Where?", noise((56, 56), 0), crop=noise((112, 112), 1))
-    text, pad = policy.tools.tokenizer.decode(item.ids), "<|image_pad|>"
+    item = encode(policy.processor, "Where?", noise((56, 56), 0), crop=noise((112, 112), 1))
+    text, pad = policy.processor.tokenizer.decode(item.input_ids), "<|image_pad|>"
     parts = text.replace(pad, "").split("<|vision_start|>")
     system = families.SYSTEM.get(model.name[:7])
     expected = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     end = "<|vision_end|>Where?<|im_end|>\n<|im_start|>assistant\n"
     begun = "<think>\n" if model.name.endswith("Thinking") else ""
     assert parts[0] == f"{expected}<|im_start|>user\n"
-    assert parts[1] == "<|vision_end|>" and text.count(pad) == int(item.kinds.sum())
+    assert parts[1] == "<|vision_end|>" and text.count(pad) == int(item.mm_token_type_ids.sum())
     assert parts[2] == end + begun
-    assert policy.tools.family.opening == begun
-    stops = {policy.tools.tokenizer.decode([i]) for i in policy.stop_ids}
+    assert policy.processor.family.opening == begun
+    stops = {policy.processor.tokenizer.decode([i]) for i in policy.stop_ids}
     assert stops == {"<|im_end|>", "<|endoftext|>"}, "generation_config names two"
 
 
@@ -134,20 +136,20 @@ def test_a_renamed_folder_keeps_its_family(tmp_path):
     assert read_family(str(mimo))[1].max_new_tokens == 1024
     folder = families.settings("Qwen3-VL-4B-Thinking", tmp_path / "two", miniature=True)
     policy = load_policy(str(families.random_weights(folder)), load_in_4bit=False)
-    assert policy.tools.family.max_new_tokens == 1024, "the chat template opens with <think>"
+    assert policy.processor.family.max_new_tokens == 1024, "the chat template opens with <think>"
 
 
 def test_flags_win_over_the_row():
     _, family = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
-    cfg, origin = resolve({"lr": 2e-5, "crop_pixels": 50_000, "recompute": False}, family)
-    assert (cfg.lr, cfg.crop_pixels, cfg.recompute, cfg.prompts, cfg.micro_batch) == (
+    cfg, origin = resolve({"lr": 2e-5, "crop_pixels": 50_000, "gradient_checkpointing": False}, family)
+    assert (cfg.lr, cfg.crop_pixels, cfg.gradient_checkpointing, cfg.prompts, cfg.micro_batch) == (
         2e-5,
         50_000,
         False,
         8,
         1,
     )
-    assert {origin[name] for name in ("lr", "crop_pixels", "recompute")} == {"flag"}
+    assert {origin[name] for name in ("lr", "crop_pixels", "gradient_checkpointing")} == {"flag"}
     assert {origin[name] for name in ("prompts", "micro_batch", "image_pixels")} == {"model family"}
 
 
@@ -161,7 +163,7 @@ def test_predicted_weights_are_those_that_are_loaded(model):
     """Byte by byte: quantised, in 16 bits, of the adapter."""
     _, family = read_family(str(model))
     policy = add_lora(load_policy(str(model), load_in_4bit=True, dtype=torch.bfloat16), 4)
-    predicted = dry_run.weights(dry_run.empty_model(policy.whole.config), family, True, 4)
+    predicted = dry_run.weights(dry_run.empty_model(policy.base_model.config), family, True, 4)
     loaded = {"text layers": 0, "other weights": 0, "adapter": 0}
     for name, weight in policy.model.named_parameters():
         layer = "language_model" in name and ".layers." in name
@@ -197,13 +199,13 @@ def test_less_is_predicted_where_a_flag_asks_for_less():
     usual = peak()
     for less in (
         dict(max_new_tokens=128),
-        dict(group=4),
+        dict(num_generations=4),
         dict(image_pixels=300_000),
         dict(lora_rank=4),
         dict(rollout_batch=4),
     ):
         assert peak(**less) < usual, less
-    for more in (dict(micro_batch=4), dict(recompute=False), dict(load_in_4bit=False)):
+    for more in (dict(micro_batch=4), dict(gradient_checkpointing=False), dict(load_in_4bit=False)):
         assert peak(**more) > usual, more
 
 
@@ -228,17 +230,17 @@ def test_half_precision_learns_what_full_precision_does(model):
             if "lora_B" in name:
                 torch.manual_seed(len(name))
                 nn.init.normal_(weight, std=0.02)
-        cfg = replace(resolve({"kl": 0.0}, policy.tools.family)[0], max_grad_norm=1e9)
-        item = encode(policy.tools, "Where?", noise((112, 84), 0))
+        cfg = replace(resolve({"beta": 0.0}, policy.processor.family)[0], max_grad_norm=1e9)
+        item = encode(policy.processor, "Where?", noise((112, 84), 0))
         batch = collate(policy, [item])
         generator = torch.Generator(policy.device).manual_seed(0)
-        roll = rollout(policy, batch, 2, 6, generator)
-        roll.tokens[:] = torch.arange(100, 100 + roll.tokens.numel()).view(roll.tokens.shape)
-        roll.mask[:] = True
+        rollouts = rollout(policy, batch, 2, 6, generator)
+        rollouts.tokens[:] = torch.arange(100, 100 + rollouts.tokens.numel()).view(rollouts.tokens.shape)
+        rollouts.mask[:] = True
         advantages = torch.tensor([[1e-5, 2e-5]], device=policy.device)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        locus_mini.optimizer_step(policy, optimizer, [(batch, roll, advantages, None)], cfg, sft_loss)
+        locus_mini.optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], cfg, sft_loss)
         found.append(torch.cat([p.grad.flatten() for p in trained]))
     full, half = found
     assert torch.cosine_similarity(full, half, dim=0) > 0.99

@@ -13,13 +13,13 @@ from locus_mini import (
     group_advantages,
     grpo_loss,
     learning_rate,
-    micro_batches,
+    micro_batch_slices,
     optimizer_step,
     token_weights,
 )
 from policy import collate, rollout, token_logps
 
-CFG = Config(kl=0.05, prompts=4, max_new_tokens=10, lr=1.0)
+CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
 
 
 def by_hand(logps, old, ref, advantages, mask, cfg: Config) -> float:
@@ -44,7 +44,7 @@ def by_hand(logps, old, ref, advantages, mask, cfg: Config) -> float:
                     "grpo": 1 / (B * G * lengths[b][g]),
                     "dr_grpo": 1 / (B * G * cfg.max_new_tokens),
                 }[cfg.loss]
-                total += weight * (cfg.kl * k3 - J)
+                total += weight * (cfg.beta * k3 - J)
     return total
 
 
@@ -71,7 +71,7 @@ def weights_of(mask, cfg: Config):
 @pytest.mark.parametrize("seed", range(4))
 def test_loss_equals_the_closed_form(loss, kl, seed):
     logps, old, ref, advantages, mask = example(seed)
-    cfg = replace(CFG, loss=loss, kl=kl)
+    cfg = replace(CFG, loss=loss, beta=kl)
     value, _ = grpo_loss(logps, old, ref if kl else None, advantages, weights_of(mask, cfg), cfg)
     assert value.item() == pytest.approx(by_hand(logps, old, ref, advantages, mask, cfg), abs=1e-12)
 
@@ -97,7 +97,7 @@ def test_each_side_of_the_clip(ratio, advantage, expected):
     moves = ratio in (1.0, 1.25) or (ratio, advantage) in ((0.5, 2.0), (1.5, -2.0))
     slope = -ratio * advantage if moves else 0.0
     assert logps.grad.item() == pytest.approx(slope, abs=1e-12)
-    assert stats["clipped"].item() == (expected in (2.6, -1.6))
+    assert stats["clip_ratio"].item() == (expected in (2.6, -1.6))
 
 
 def test_k3_is_the_kl_in_expectation():
@@ -107,7 +107,7 @@ def test_k3_is_the_kl_in_expectation():
     ref = (0.5 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
     exact = (policy.exp() * (policy - ref)).sum().item()
     weights = policy.exp().view(1, 1, 50)
-    cfg = replace(CFG, kl=1.0)
+    cfg = replace(CFG, beta=1.0)
     value, _ = grpo_loss(
         policy.view(1, 1, 50), policy.view(1, 1, 50), ref.view(1, 1, 50), torch.zeros(1, 1), weights, cfg
     )
@@ -117,7 +117,7 @@ def test_k3_is_the_kl_in_expectation():
 def test_k3_stays_finite_far_from_the_reference():
     logps = torch.tensor([[[-1.0, -200.0]]], requires_grad=True)
     ref = torch.tensor([[[-200.0, -1.0]]])
-    cfg = replace(CFG, kl=1.0)
+    cfg = replace(CFG, beta=1.0)
     loss, stats = grpo_loss(logps, logps.detach(), ref, torch.zeros(1, 1), torch.full((1, 1, 2), 0.5), cfg)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
@@ -162,10 +162,10 @@ class NoStep:
         pass
 
 
-def gradients(policy, batch, roll, advantages, cfg: Config, old) -> list[torch.Tensor]:
+def gradients(policy, batch, rollouts, advantages, cfg: Config, old) -> list[torch.Tensor]:
     trained = [p for p in policy.model.parameters() if p.requires_grad]
-    (rows,) = micro_batches(cfg)
-    passes = [(collate(policy, batch.items[r]), roll.rows(r), advantages[r], old[r]) for r in rows]
+    (rows,) = micro_batch_slices(cfg)
+    passes = [(collate(policy, batch.prompts[r]), rollouts.select(r), advantages[r], old[r]) for r in rows]
     optimizer_step(policy, NoStep(trained), passes, cfg)
     return [p.grad.clone() for p in trained]
 
@@ -177,23 +177,25 @@ def test_micro_batch_size_does_not_change_the_gradient(loss, kl):
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 4))
-    roll = rollout(policy, batch, 3, 10, torch.Generator().manual_seed(0))
+    rollouts = rollout(policy, batch, 3, 10, torch.Generator().manual_seed(0))
     rewards = torch.rand(4, 3)
     rewards[2] = 0.5
     advantages = group_advantages(rewards)
-    old = token_logps(policy, batch, roll.tokens, roll.mask).detach() + 0.1 * torch.randn(roll.mask.shape)
-    cfg = replace(CFG, loss=loss, kl=kl, max_grad_norm=1e9)
-    whole = gradients(policy, batch, roll, advantages, replace(cfg, micro_batch=4), old)
+    old = token_logps(policy, batch, rollouts.tokens, rollouts.mask).detach() + 0.1 * torch.randn(
+        rollouts.mask.shape
+    )
+    cfg = replace(CFG, loss=loss, beta=kl, max_grad_norm=1e9)
+    whole = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=4), old)
     assert max(g.abs().max() for g in whole) > 1e-4
     for size in (2, 1):
-        parts = gradients(policy, batch, roll, advantages, replace(cfg, micro_batch=size), old)
+        parts = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=size), old)
         for ours, theirs in zip(parts, whole, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_updates_split_a_rollout_and_micro_batches_split_an_update():
     cfg = replace(CFG, prompts=12, updates=3, micro_batch=3)
-    rows = [[list(range(12))[r] for r in share] for share in micro_batches(cfg)]
+    rows = [[list(range(12))[r] for r in share] for share in micro_batch_slices(cfg)]
     assert rows == [[[0, 1, 2], [3]], [[4, 5, 6], [7]], [[8, 9, 10], [11]]]
 
 
@@ -201,16 +203,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 2))
-    roll = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
+    rollouts = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     before = [p.detach().clone() for p in trained]
     bad = torch.tensor([[float("inf"), 1.0], [0.0, 1.0]])
-    stats = optimizer_step(policy, optimizer, [(batch, roll, bad, None)], CFG)
+    stats = optimizer_step(policy, optimizer, [(batch, rollouts, bad, None)], CFG)
     assert stats["skipped"] == 1
     assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
     good = optimizer_step(
-        policy, optimizer, [(batch, roll, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), None)], CFG
+        policy, optimizer, [(batch, rollouts, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), None)], CFG
     )
     assert good["skipped"] == 0
     assert not all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
@@ -230,11 +232,11 @@ def test_one_step_raises_the_probability_of_the_better_answer():
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 1))
-    roll = rollout(policy, batch, 4, 8, torch.Generator().manual_seed(0))
+    rollouts = rollout(policy, batch, 4, 8, torch.Generator().manual_seed(0))
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    before = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
-    optimizer_step(policy, optimizer, [(batch, roll, advantages, None)], replace(CFG, kl=0.0))
-    after = token_logps(policy, batch, roll.tokens, roll.mask).sum(-1)[0]
+    before = token_logps(policy, batch, rollouts.tokens, rollouts.mask).sum(-1)[0]
+    optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], replace(CFG, beta=0.0))
+    after = token_logps(policy, batch, rollouts.tokens, rollouts.mask).sum(-1)[0]
     assert after[0] > before[0] and (after[1:] < before[1:]).all()

@@ -25,17 +25,19 @@ def folder(request, tmp_path_factory) -> Path:
     tokenizer = architecture.build_tokenizer()
     random_model(request.param, tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    random_policy(request.param).tools.image_processor.save_pretrained(path)
+    random_policy(request.param).processor.image_processor.save_pretrained(path)
     return path
 
 
 def test_4bit_quantises_the_text_layers_and_nothing_else(folder):
     policy = load_policy(str(folder), load_in_4bit=True)
-    linear = {n: type(m).__name__ for n, m in policy.whole.named_modules() if "Linear" in type(m).__name__}
+    linear = {
+        n: type(m).__name__ for n, m in policy.base_model.named_modules() if "Linear" in type(m).__name__
+    }
     for name, kind in linear.items():
         quantised = "language_model" in name
         assert (kind == "Linear4bit") == quantised, f"{name} is {kind}"
-    layers = [m for m in policy.whole.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [m for m in policy.base_model.modules() if type(m).__name__ == "Linear4bit"]
     assert layers and all(m.weight.quant_type == "nf4" for m in layers)
     assert all(m.weight.quant_state.nested for m in layers), "no double quantisation"
     assert not any(m.support_avx512bf16_for_cpu for m in layers), "a rollout would repack the weights"
@@ -82,32 +84,32 @@ def test_an_adapter_survives_saving(folder, tmp_path):
     torch.manual_seed(0)
     items = prompts(policy, 2)
     batch = collate(policy, items)
-    roll = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
-    expected = token_logps(policy, batch, roll.tokens, roll.mask)
+    rollouts = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
+    expected = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
     policy.model.save_pretrained(tmp_path)
     again = load_adapter(load_policy(str(folder), load_in_4bit=False), tmp_path)
-    assert torch.allclose(token_logps(again, batch, roll.tokens, roll.mask), expected, atol=1e-6)
+    assert torch.allclose(token_logps(again, batch, rollouts.tokens, rollouts.mask), expected, atol=1e-6)
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), tmp_path)
     merged = plain.merge_and_unload().eval()
     item = prompts(policy, 1)[0]
     args = dict(
-        input_ids=item.ids[None],
-        mm_token_type_ids=item.kinds[None],
-        pixel_values=torch.cat([p.pixels for p in item.pictures]),
+        input_ids=item.input_ids[None],
+        mm_token_type_ids=item.mm_token_type_ids[None],
+        pixel_values=torch.cat([p.pixel_values for p in item.images]),
     )
     args |= dict(
-        image_grid_thw=torch.stack([p.grid for p in item.pictures]),
-        attention_mask=torch.ones_like(item.ids)[None],
+        image_grid_thw=torch.stack([p.grid_thw for p in item.images]),
+        attention_mask=torch.ones_like(item.input_ids)[None],
     )
     with torch.no_grad():
-        assert torch.allclose(merged(**args).logits, policy.whole(**args).logits, atol=1e-4)
+        assert torch.allclose(merged(**args).logits, policy.base_model(**args).logits, atol=1e-4)
 
 
 def test_families_are_recognised(folder):
     policy = load_policy(str(folder), load_in_4bit=False)
     expected = {"qwen2_5_vl": "resized", "qwen3_vl": "relative1000"}
-    assert policy.tools.family.box_frame == expected[policy.whole.config.model_type]
-    assert load_policy(str(folder), False, frame="resized").tools.family.box_frame == "resized"
+    assert policy.processor.family.box_frame == expected[policy.base_model.config.model_type]
+    assert load_policy(str(folder), False, frame="resized").processor.family.box_frame == "resized"
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "nothing"])
@@ -149,4 +151,4 @@ def test_the_opening_of_a_thinking_template_is_part_of_the_answer(folder, openin
         text = text.replace(form + "{% endif %}", form + opening + "{% endif %}")
     template.write_text(text)
     policy = load_policy(str(tmp_path / "model"), load_in_4bit=False)
-    assert policy.tools.family.opening == opening
+    assert policy.processor.family.opening == opening

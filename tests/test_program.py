@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import locus_mini
-from data import CueConfig, SceneCues
-from evaluation.reply_cache import answers
+from data import CueConfig, scene_cues
+from evaluation.reply_cache import generate_replies
 from files.errors import UserError
 from models import load_adapter, load_policy
 from prompts import FAMILIES, encode
@@ -21,7 +21,7 @@ from tiny import scenes
 from training.settings import resolve
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--steps", "3", "--prompts", "4", "--group", "8", "--eval-cues", "6", "--show-every", "2"]
+SMALL = ["--steps", "3", "--prompts", "4", "--num-generations", "8", "--eval-cues", "6", "--show-every", "2"]
 
 
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -53,8 +53,18 @@ def test_a_run_leaves_what_the_readme_promises(run):
 def test_metrics_hold_one_line_a_step(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    expected = {"reward", "iou", "format", "kl", "clipped", "rollout_gap", "grad_norm", "skipped", "length"}
-    expected |= {"step", "truncated", "zero_variance", "lr", "seconds", "loss"}
+    expected = {
+        "reward",
+        "iou",
+        "format",
+        "kl",
+        "clip_ratio",
+        "rollout_gap",
+        "grad_norm",
+        "skipped",
+        "completions/mean_length",
+    }
+    expected |= {"step", "completions/clipped_ratio", "frac_reward_zero_std", "lr", "seconds", "loss"}
     for line in lines:
         assert set(line) == expected
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
@@ -63,7 +73,7 @@ def test_metrics_hold_one_line_a_step(run):
     moved = [line["grad_norm"] > 0 for line in lines]
     assert any(moved[:2]), "no group of the first steps taught anything"
     assert [line["kl"] > 0 for line in lines[1:]] == [moved[0], any(moved[:2])]
-    assert lines[0]["clipped"] == 0, "one update a rollout is on policy"
+    assert lines[0]["clip_ratio"] == 0, "one update a rollout is on policy"
 
 
 def test_results_have_their_shape(run):
@@ -77,7 +87,7 @@ def test_results_have_their_shape(run):
             assert set(asked) == {"accuracy", "n", "by_objects", "by_size", "by_kind"} and asked["n"] == 12
             assert set(asked["by_kind"]) == {"attribute", "place"}
     assert {"whole_image", "centre_box", "name_then_find"} <= set(results["baselines"])
-    assert results["seed"] == 0 and results["settings"]["group"] == 8
+    assert results["seed"] == 0 and results["settings"]["num_generations"] == 8
     assert set(results["change"]["cue"]) == {"change", "standard_error", "n"}
 
 
@@ -100,7 +110,7 @@ def test_the_adapter_loads_in_plain_transformers(run):
     """One image, one question, nothing of ours but the words of the prompt; then the merged model."""
     folder, tokenizer = ROOT / "tiny/model", AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), run[0] / "adapter")
-    cue = SceneCues(CueConfig(), "heldout", 5)[0]
+    cue = scene_cues(CueConfig(), "heldout", 5)[0]
     question = scenes.questions(cue.scene)[0].text
     picture = AutoImageProcessor.from_pretrained(folder)(cue.image, return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -114,7 +124,7 @@ def test_the_adapter_loads_in_plain_transformers(run):
     plain = model.eval().generate(**inputs, **picture, **ways)
     length = inputs["input_ids"].shape[1]
     ours = load_adapter(load_policy("tiny", load_in_4bit=False), run[0] / "adapter")
-    expected, _ = next(answers(ours, [encode(ours.tools, question, cue.image)], 40))
+    expected, _ = next(generate_replies(ours, [encode(ours.processor, question, cue.image)], 40))
     assert tokenizer.decode(plain[0, length:], skip_special_tokens=True) == expected
     merged = model.merge_and_unload().generate(**inputs, **picture, **ways)
     assert tokenizer.decode(merged[0, length:], skip_special_tokens=True) == expected
@@ -147,7 +157,7 @@ def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--data", "coco"], "--annotations"),
         (["--data", "coco", "--annotations", "none.json", "--images", "."], "none.json"),
         (["--data", "coco", "--annotations", "x.json", "--images", "no-images"], "no-images"),
-        (["--group", "1"], "--group 1"),
+        (["--num-generations", "1"], "--num-generations 1"),
         (["--prompts", "0"], "--prompts 0"),
         (["--lr", "nan"], "--lr nan"),
         (["--tiny-ratio", "1.5"], "--tiny-ratio 1.5"),
@@ -191,7 +201,9 @@ def test_every_cue_source_trains(source, tmp_path, monkeypatch):
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("extra", [["--updates", "2", "--iterations", "2", "--kl", "0"], ["--load-in-4bit"]])
+@pytest.mark.parametrize(
+    "extra", [["--updates", "2", "--iterations", "2", "--beta", "0"], ["--load-in-4bit"]]
+)
 def test_several_updates_and_4bit_train(extra, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / "r"), *SMALL, *extra])
     locus_mini.main()
@@ -201,7 +213,7 @@ def test_several_updates_and_4bit_train(extra, tmp_path, monkeypatch):
 
 def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
     for i in range(30):
-        cue = SceneCues(CueConfig(), "train", 3)[i]
+        cue = scene_cues(CueConfig(), "train", 3)[i]
         cue.image.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path), "--out", str(tmp_path / "r"), *SMALL])
     locus_mini.main()
@@ -211,8 +223,8 @@ def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
 
 def test_presets_are_flags_that_flags_override():
     family = FAMILIES["tiny"]
-    cfg, origin = resolve({"preset": "paper", "group": 4}, family)
-    assert (cfg.lr, cfg.kl, cfg.group, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
+    cfg, origin = resolve({"preset": "paper", "num_generations": 4}, family)
+    assert (cfg.lr, cfg.beta, cfg.num_generations, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
         1e-6,
         0.01,
         4,
@@ -221,6 +233,6 @@ def test_presets_are_flags_that_flags_override():
         0.1,
     )
     assert cfg.prompts // cfg.updates == 128
-    assert (origin["lr"], origin["group"], origin["alpha"]) == ("preset paper", "flag", "default")
+    assert (origin["lr"], origin["num_generations"], origin["alpha"]) == ("preset paper", "flag", "default")
     with pytest.raises(UserError, match="--clip-low"):
         resolve({"clip_low": -1.0}, family)

@@ -65,7 +65,7 @@ def test_an_adapter_of_pickles_is_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_model.safetensors"):
         load_adapter(load_policy("tiny", load_in_4bit=False), tmp_path / "adapter")
     assert not (tmp_path / "was run").exists()
-    assert not isinstance(policy.whole, PeftModel)
+    assert not isinstance(policy.base_model, PeftModel)
 
 
 @pytest.mark.parametrize("name", ["../evil", "../../evil", "FOLDER/evil", "..\\evil", "a/b\0c", "con"])

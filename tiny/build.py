@@ -29,7 +29,7 @@ from policy import group_mask
 from prompts import PROMPTS, BoxFrame
 from reward import Box
 from tiny.architecture import build_image_processor, build_model, build_tokenizer
-from tiny.scenes import COLORS, SHAPES, SIDE, Scene, Thing, draw_layout, keep_only, questions, render
+from tiny.scenes import COLORS, SHAPES, SIDE, Scene, SceneObject, draw_layout, keep_only, questions, render
 
 STAGES = {"vision": 37, "language": 32, "few things": 1, "two images": 4}  # minutes
 EXAMPLES = 20_000  # scenes whose image tokens are computed once
@@ -41,10 +41,12 @@ SCENE = f"<|im_start|>user\n<|vision_start|>{36 * '<|image_pad|>'}<|vision_end|>
 CROP = f"<|vision_start|>{4 * '<|image_pad|>'}<|vision_end|>"
 
 
-def random_window(rng: random.Random, thing: Thing, most: float) -> Box:
+def random_window(rng: random.Random, scene_object: SceneObject, most: float) -> Box:
     """A thing's box, larger all around by 0 to `most` of its side, inside the scene."""
-    more = rng.uniform(0, most) * (thing.box[2] - thing.box[0])
-    return tuple(min(SIDE, max(0, round(v + d))) for v, d in zip(thing.box, (-more, -more, more, more)))
+    more = rng.uniform(0, most) * (scene_object.box[2] - scene_object.box[0])
+    return tuple(
+        min(SIDE, max(0, round(v + d))) for v, d in zip(scene_object.box, (-more, -more, more, more))
+    )
 
 
 def random_scene(rng: random.Random, count: int, suppressed: float):
@@ -52,16 +54,16 @@ def random_scene(rng: random.Random, count: int, suppressed: float):
     scene = draw_layout(rng, count)
     image = render(scene)
     if rng.random() < suppressed:
-        scene.things = [rng.choice(scene.things)]
-        image = keep_only(image, random_window(rng, scene.things[0], 0.6))
+        scene.objects = [rng.choice(scene.objects)]
+        image = keep_only(image, random_window(rng, scene.objects[0], 0.6))
     return scene, image
 
 
-def random_crop(rng: random.Random, scene: Scene, thing: Thing):
-    return Cue(render(scene), random_window(rng, thing, 0.1), "", scene=scene).crop
+def random_crop(rng: random.Random, scene: Scene, scene_object: SceneObject):
+    return Cue(render(scene), random_window(rng, scene_object, 0.1), "", scene=scene).crop
 
 
-def look(visual: nn.Module, pictures: list) -> Tensor:
+def compute_image_tokens(visual: nn.Module, pictures: list) -> Tensor:
     """Image tokens [N, cells, width] of equally large pictures, without the slow image processor."""
     n, (w, h), proj = len(pictures), pictures[0].size, visual.patch_embed.proj
     x = torch.from_numpy(np.stack(pictures)).to(proj.weight.device) / 127.5 - 1  # [N, H, W, 3]
@@ -77,7 +79,7 @@ def look(visual: nn.Module, pictures: list) -> Tensor:
 def draw_turn(rng: random.Random, example: tuple, weights: dict[str, float], crop_share: float):
     """One turn about an example: its whole text, answer included, and the tokens of the images in it."""
     scene, tokens, crops = example
-    thing = rng.choice(scene.things)
+    scene_object = rng.choice(scene.objects)
     kind = rng.choices(list(weights), list(weights.values()))[0]
     asked = [q for q in questions(scene) if q.text.startswith(kind)]
     crop = []
@@ -87,13 +89,13 @@ def draw_turn(rng: random.Random, example: tuple, weights: dict[str, float], cro
         thoughts = {"What shape": q.name, "What color": " ".join(reversed(q.name.split()))}
         text, thought, answer = q.text, thoughts.get(kind, q.name + FRAME.to_text(q.box)), f" {q.answer}"
     elif kind == "name":
-        (_, thing), *crop = rng.choice(crops)
-        text, thought, answer = PROMPTS["short"]["name"], thing.name, f" {thing.name}"
+        (_, scene_object), *crop = rng.choice(crops)
+        text, thought, answer = PROMPTS["short"]["name"], scene_object.name, f" {scene_object.name}"
     else:
         crop = [rng.choice(crops)[1]] if rng.random() < crop_share else []
         where = " in Image 1" if crop else ""
-        text = PROMPTS["short"]["text"].format(text=thing.name + where)
-        thought, answer = thing.name, FRAME.to_text(thing.box)
+        text = PROMPTS["short"]["text"].format(text=scene_object.name + where)
+        thought, answer = scene_object.name, FRAME.to_text(scene_object.box)
     text = f"{SCENE}{CROP * len(crop)}{text}<|im_end|>\n<|im_start|>assistant\n"
     return f"{text}<think> {thought}</think><answer>{answer}</answer><|im_end|>", [tokens, *crop]
 
@@ -104,7 +106,7 @@ class Build:
     def __init__(self, out: Path, minutes: float, seed: int):
         torch.manual_seed(seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.minutes, self.seed, self.tokenizer, self.things = minutes, seed, build_tokenizer(), ()
+        self.minutes, self.seed, self.tokenizer, self.objects = minutes, seed, build_tokenizer(), ()
         self.model = build_model(self.tokenizer).to(device)
         heads = {"centre": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
         self.heads = nn.ModuleDict(heads).to(device)
@@ -116,15 +118,15 @@ class Build:
             self.model.load_state_dict(self.state["model"])
             self.heads.load_state_dict(self.state["heads"])
 
-    def train(self, stage: str, peak: float, parameters: list, loss_of, fall=True, things=(), decay=0.01):
+    def train(self, stage: str, peak: float, parameters: list, loss_of, fall=True, objects=(), decay=0.01):
         """AdamW for a stage's minutes; `loss_of(rng, step)` gives a loss and what to show."""
         optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=decay)
         if self.state["stage"] == stage:
             optimizer.load_state_dict(self.state["optimizer"])
         spent, steps = self.state["spent"], self.state["steps"]
         total = 60 * STAGES[stage] * self.minutes / sum(STAGES.values())
-        if things != self.things and spent[stage] < total:
-            self.draw_examples(things)
+        if objects != self.objects and spent[stage] < total:
+            self.draw_examples(objects)
         begun = time.monotonic() - spent[stage]
         bar = tqdm(total=round(total), initial=round(spent[stage]), desc=stage, unit="s", mininterval=5)
         while (done := spent[stage] / total) < 1:
@@ -152,19 +154,29 @@ class Build:
         visual, heads, device = self.model.model.visual, self.heads, self.model.device
         counts = (rng.randint(3, 8) if rng.random() < 0.8 else rng.randint(1, 2) for _ in range(32))
         drawn, pictures = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
-        told: dict[int, Thing] = {}  # image token: thing; first the cells that hold a centre, of the 32·36
+        told: dict[
+            int, SceneObject
+        ] = {}  # image token: thing; first the cells that hold a centre, of the 32·36
         for i, scene in enumerate(drawn):
-            centres = [((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2, t) for t in scene.things]
-            for x, y, thing in sorted(centres, key=lambda c: abs(c[0] % 32 - 16) + abs(c[1] % 32 - 16)):
-                told.setdefault(36 * i + int(y // 32) * 6 + int(x // 32), thing)  # of two, the nearer one
+            centres = [((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2, t) for t in scene.objects]
+            for x, y, scene_object in sorted(
+                centres, key=lambda c: abs(c[0] % 32 - 16) + abs(c[1] % 32 - 16)
+            ):
+                told.setdefault(
+                    36 * i + int(y // 32) * 6 + int(x // 32), scene_object
+                )  # of two, the nearer one
         K = len(told)
-        things, crops = zip(*[(t := rng.choice(s.things), random_crop(rng, s, t)) for s in drawn])
-        told |= {32 * 36 + j: things[j // 4] for j in range(32 * 4)}  # then all of the 32·4 of crops
+        objects, crops = zip(*[(t := rng.choice(s.objects), random_crop(rng, s, t)) for s in drawn])
+        told |= {32 * 36 + j: objects[j // 4] for j in range(32 * 4)}  # then all of the 32·4 of crops
         at = torch.tensor(list(told), device=device)  # [K + 128]
-        tokens = torch.cat([look(visual, seen).flatten(0, 1) for seen in (pictures, crops)])  # [1280, width]
+        tokens = torch.cat(
+            [compute_image_tokens(visual, seen).flatten(0, 1) for seen in (pictures, crops)]
+        )  # [1280, width]
         held = tokens[at[:K]]  # [K, width]
         is_centre = torch.zeros(32 * 36, device=device).index_fill_(0, at[:K], 1.0)
-        boxes = torch.tensor([thing.box for thing in told.values()][:K], device=device) / SIDE  # [K, 4]
+        boxes = (
+            torch.tensor([scene_object.box for scene_object in told.values()][:K], device=device) / SIDE
+        )  # [K, 4]
         units = (1000 * boxes).round().clamp(max=999).long()
         digits = torch.stack([units // 100, units // 10 % 10, units % 10], -1)  # [K, 4, 3]
         l1 = (heads["coordinates"](held) - boxes).abs().mean()
@@ -188,16 +200,20 @@ class Build:
                 attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
 
     @torch.no_grad()
-    def draw_examples(self, things: tuple[int, ...], count: int | None = None) -> None:
+    def draw_examples(self, objects: tuple[int, ...], count: int | None = None) -> None:
         """Scenes of so many things: (scene, tokens [36, width], 2 × ((scene, thing), [4, width])) each."""
-        visual, self.examples, self.things = self.model.model.visual, [], things
+        visual, self.examples, self.objects = self.model.model.visual, [], objects
         for start in tqdm(range(0, count or EXAMPLES, 100), desc="image tokens", mininterval=5):
             rng = random.Random(f"pretraining/{self.seed}/examples/{start}")
-            counts = rng.choices(things, k=100)
+            counts = rng.choices(objects, k=100)
             drawn, pictures = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
-            shown = [(scene, thing) for scene in drawn for thing in rng.choices(scene.things, k=2)]
-            crops = list(zip(shown, look(visual, [random_crop(rng, *pair) for pair in shown])))
-            self.examples += zip(drawn, look(visual, pictures), zip(crops[::2], crops[1::2]))
+            shown = [
+                (scene, scene_object) for scene in drawn for scene_object in rng.choices(scene.objects, k=2)
+            ]
+            crops = list(
+                zip(shown, compute_image_tokens(visual, [random_crop(rng, *pair) for pair in shown]))
+            )
+            self.examples += zip(drawn, compute_image_tokens(visual, pictures), zip(crops[::2], crops[1::2]))
 
     def language_loss(self, rng: random.Random, step: int):
         """Words first, then finding."""
@@ -218,14 +234,16 @@ class Build:
         grids = torch.tensor([[1, 12, 12]] * len(kinds) + [[1, 4, 4]])
         places = model.get_rope_index(kinds, kinds, grids)[0][:, which]  # [3, B·8, L]
         # … then eight in a row with one copy: a turn sees that and itself, so it learns to be the first.
-        segments = torch.arange(2, TURNS + 2).repeat(batch)[:, None] * (ids != tokenizer.pad_token_id)
-        segments[:, : len(tokenizer(SCENE).input_ids)] = (torch.arange(batch * TURNS) % TURNS == 0)[:, None]
-        table = torch.stack([ids, segments, (ids == think).cumsum(1), *places], -1).view(batch, -1, 6)
+        segment_ids = torch.arange(2, TURNS + 2).repeat(batch)[:, None] * (ids != tokenizer.pad_token_id)
+        segment_ids[:, : len(tokenizer(SCENE).input_ids)] = (torch.arange(batch * TURNS) % TURNS == 0)[
+            :, None
+        ]
+        table = torch.stack([ids, segment_ids, (ids == think).cumsum(1), *places], -1).view(batch, -1, 6)
         table = nn.utils.rnn.pad_sequence([t[t[:, 1] > 0] for t in table], batch_first=True)  # [B, K, 6]
-        ids, segments, is_answer, *places = table.to(model.device).unbind(-1)
+        ids, segment_ids, is_answer, *places = table.to(model.device).unbind(-1)
         features = torch.cat([f for i, images in enumerate(seen) for f in images[i % TURNS > 0 :]])
         embeds = model.get_input_embeddings()(ids).masked_scatter((ids == image)[..., None], features)
-        ways = dict(attention_mask=group_mask(segments - 1), position_ids=torch.stack(places))
+        ways = dict(attention_mask=group_mask(segment_ids - 1), position_ids=torch.stack(places))
         labels = ids.masked_fill(is_answer == 0, -100)
         loss = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, **ways).loss
         return loss, {"loss": loss.item()}
@@ -243,10 +261,10 @@ def main() -> None:
     build.train("vision", 2e-3, seeing, build.vision_loss)
     build.start_language()
     speaking = list(model.model.language_model.parameters())
-    build.train("language", 1.2e-3, speaking, build.language_loss, fall=False, things=(1, 2, 3, 4))
+    build.train("language", 1.2e-3, speaking, build.language_loss, fall=False, objects=(1, 2, 3, 4))
     few = 9 * (1,) + (2,)
-    build.train("few things", 1.2e-3, speaking, build.finding_loss, fall=False, things=few, decay=0.7)
-    build.train("two images", 1.2e-3, speaking, partial(build.finding_loss, crop_share=1 / 3), things=few)
+    build.train("few things", 1.2e-3, speaking, build.finding_loss, fall=False, objects=few, decay=0.7)
+    build.train("two images", 1.2e-3, speaking, partial(build.finding_loss, crop_share=1 / 3), objects=few)
     model.config.locus_family = "tiny"
     minutes = {stage: round(seconds / 60, 1) for stage, seconds in build.state["spent"].items()}
     model.config.locus_build = {"seed": args.seed, "steps": build.state["steps"], "minutes": minutes}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from data import CueConfig, SceneCues
-from evaluation.heldout import baselines, evaluate, held_out
+from data import CueConfig, scene_cues
+from evaluation.heldout import baselines, build_heldout_set, evaluate
 from files.disk import write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from models import load_policy
@@ -27,10 +27,10 @@ def card(policy: Policy, folder: Path, n: int) -> None:
     columns = ["scenes", "attributes", "suppressed", "places", "suppressed"]
     columns += ["find by text, IoU", "cue search, IoU"]
     lines = [f"| {' | '.join(columns)} |", "|---" * 7 + "|"]
-    measured, longest = {}, policy.tools.family.max_new_tokens
-    for name, (things, alone) in CARD_SCENES.items():
-        cues = SceneCues(CueConfig(), "heldout", 1, things)
-        held = held_out(policy, cues, n, alone=alone)
+    measured, longest = {}, policy.processor.family.max_new_tokens
+    for name, (objects, alone) in CARD_SCENES.items():
+        cues = scene_cues(CueConfig(), "heldout", 1, objects)
+        held = build_heldout_set(policy, cues, n, alone=alone)
         scores = evaluate(policy, held, longest, name)
         named = baselines(policy, held, longest)["crop_named_right"]
         s = measured[name] = scores.summary | {"crop_named_right": named}

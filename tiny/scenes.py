@@ -34,7 +34,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One coloured shape; `box` is (x1, y1, x2, y2) in scene pixels, right and bottom edge exclusive."""
 
     color: str
@@ -65,7 +65,7 @@ class Question:
 class Scene:
     """Things and background of a picture; things have distinct (colour, shape) pairs and disjoint boxes."""
 
-    things: list[Thing]
+    objects: list[SceneObject]
     background: tuple[int, int, int]
     rectangles: list[tuple[tuple[int, int, int, int], tuple[int, int, int]]] = field(default_factory=list)
 
@@ -90,12 +90,19 @@ def draw_layout(rng: random.Random, count: int) -> Scene:
     for _ in range(rng.randint(0, 5)):
         x, y, w, h = rng.randint(-20, SIDE), rng.randint(-20, SIDE), rng.randint(15, 90), rng.randint(15, 90)
         rectangles.append(((x, y, x + w, y + h), tuple(max(0, c + rng.randint(-14, 14)) for c in background)))
-    return Scene([Thing(c, s, b) for (c, s), b in zip(pairs, boxes)], background, rectangles)
+    return Scene([SceneObject(c, s, b) for (c, s), b in zip(pairs, boxes)], background, rectangles)
 
 
 def touches(a: Box, b: Box, gap: float = 0) -> bool:
     """Do two boxes overlap, or come closer than `gap`?"""
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+
+
+def visible_fraction(box: Box, window: Box) -> float:
+    """The share of a box's area that is inside a window."""
+    width = max(0, min(box[2], window[2]) - max(box[0], window[0]))
+    height = max(0, min(box[3], window[3]) - max(box[1], window[1]))
+    return width * height / ((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def render(scene: Scene) -> Image.Image:
@@ -104,10 +111,10 @@ def render(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for corners, color in scene.rectangles:
         draw.rectangle(corners, fill=color)
-    for thing in scene.things:
-        x1, y1, x2, _ = thing.box
-        mask = shape_mask(thing.shape, x2 - x1)
-        image.paste(COLORS[thing.color], (x1, y1), mask)
+    for scene_object in scene.objects:
+        x1, y1, x2, _ = scene_object.box
+        mask = shape_mask(scene_object.shape, x2 - x1)
+        image.paste(COLORS[scene_object.color], (x1, y1), mask)
     return image
 
 
@@ -155,17 +162,24 @@ def questions(scene: Scene) -> list[Question]:
     thing has. A place is a quarter of the picture; things within 8 pixels of a middle line are not asked for.
     """
     asked = []
-    for thing in scene.things:
-        if sum(t.color == thing.color for t in scene.things) == 1:
-            text = f"What shape is the {thing.color} thing?"
-            asked.append(Question("attribute", text, thing.shape, thing.name, thing.box))
-        if sum(t.shape == thing.shape for t in scene.things) == 1:
-            text = f"What color is the {thing.shape}?"
-            asked.append(Question("attribute", text, thing.color, thing.name, thing.box))
-        x, y = (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
+    for scene_object in scene.objects:
+        if sum(t.color == scene_object.color for t in scene.objects) == 1:
+            text = f"What shape is the {scene_object.color} thing?"
+            asked.append(Question("attribute", text, scene_object.shape, scene_object.name, scene_object.box))
+        if sum(t.shape == scene_object.shape for t in scene.objects) == 1:
+            text = f"What color is the {scene_object.shape}?"
+            asked.append(Question("attribute", text, scene_object.color, scene_object.name, scene_object.box))
+        x, y = (
+            (scene_object.box[0] + scene_object.box[2]) / 2,
+            (scene_object.box[1] + scene_object.box[3]) / 2,
+        )
         if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) >= 8:
             answer = f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
-            asked.append(Question("place", f"Where is the {thing.name}?", answer, thing.name, thing.box))
+            asked.append(
+                Question(
+                    "place", f"Where is the {scene_object.name}?", answer, scene_object.name, scene_object.box
+                )
+            )
     return asked
 
 
@@ -173,4 +187,4 @@ def alone_in_its_cells(scene: Scene, box: Box, cell: int = 32) -> bool:
     """True if no image token (a cell of 32 pixels) that `box` touches is touched by another thing."""
     x1, y1, x2, y2 = box
     cells = (x1 // cell * cell, y1 // cell * cell, -(-x2 // cell) * cell, -(-y2 // cell) * cell)
-    return not any(touches(cells, t.box) for t in scene.things if t.box != box)
+    return not any(touches(cells, t.box) for t in scene.objects if t.box != box)

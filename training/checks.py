@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.heldout import HeldOut
+from evaluation.heldout import HeldOutSet
 from evaluation.scores import Scores, paired
 from files.errors import UserError
-from policy import Policy, collate, rollout, texts, token_logps
-from prompts import Encoded, box_frame
+from policy import Policy, collate, decode_completions, rollout, token_logps
+from prompts import EncodedPrompt, box_frame
 from reward import iou, reward
 
 # Rollout against training: a quantile of the gaps and what it may be, in nats. In 16 bits other kernels make
@@ -16,69 +16,74 @@ from reward import iou, reward
 TOLERANCE = {torch.float32: (1.0, 1e-3), torch.float16: (0.5, 0.05), torch.bfloat16: (0.5, 0.05)}
 
 
-def self_check(policy: Policy, items: list[Encoded], group: int, max_new_tokens: int, seed: int) -> dict:
+def self_check(
+    policy: Policy, items: list[EncodedPrompt], group: int, max_new_tokens: int, seed: int
+) -> dict:
     """Refuse to train what would silently train something else: every line is a bug that has been met."""
 
-    def demand(holds: bool, otherwise: str) -> None:
+    def require(holds: bool, otherwise: str) -> None:
         if not holds:
             raise UserError(f"Self-check: {otherwise}.")
 
-    config, trained = policy.whole.config, [p for p in policy.model.parameters() if p.requires_grad]
+    config, trained = policy.base_model.config, [p for p in policy.model.parameters() if p.requires_grad]
     attention = {config._attn_implementation, config.get_text_config()._attn_implementation}
-    demand(
+    require(
         attention == {"sdpa"}, f"attention is {attention}, and only sdpa applies our masks: load with sdpa"
     )
-    demand(
+    require(
         all(p.dtype == torch.float32 for p in trained), "adapter weights are not float32: they would not move"
     )
-    demand(policy.forbidden[config.image_token_id].item() == -torch.inf, "image tokens could be sampled")
+    require(policy.logit_bias[config.image_token_id].item() == -torch.inf, "image tokens could be sampled")
     batch, first = collate(policy, items), collate(policy, items[:1])
-    _, h, w = batch.positions[:, batch.ids == config.image_token_id]
-    demand((h != w).any(), "image tokens have one-dimensional positions: mm_token_type_ids are missing")
+    _, h, w = batch.position_ids[:, batch.input_ids == config.image_token_id]
+    require((h != w).any(), "image tokens have one-dimensional positions: mm_token_type_ids are missing")
 
     def gradient() -> Tensor:
-        some = batch.ids[:, None, -4:]  # [B, 1, 4]: any tokens will do
+        some = batch.input_ids[:, None, -4:]  # [B, 1, 4]: any tokens will do
         logps = token_logps(policy, batch, some, torch.ones_like(some, dtype=torch.bool))
         grads = torch.autograd.grad(logps.sum(), trained, materialize_grads=True)
         return torch.cat([g.flatten() for g in grads])
 
     fresh = gradient()
-    roll = rollout(policy, batch, group, max_new_tokens, torch.Generator(policy.device).manual_seed(seed))
+    rollouts = rollout(policy, batch, group, max_new_tokens, torch.Generator(policy.device).manual_seed(seed))
     kept = F.cosine_similarity(fresh, gradient(), dim=0).item()
-    demand(
+    require(
         kept > 0.999, f"a rollout turns the gradient (cosine {kept:.3f}): repacked 4-bit weights pass none on"
     )
-    demand(any(len(set(row)) > 1 for row in texts(policy, roll)), "all answers of a group are the same")
+    require(
+        any(len(set(row)) > 1 for row in decode_completions(policy, rollouts)),
+        "all answers of a group are the same",
+    )
     with torch.no_grad():
-        logps = token_logps(policy, batch, roll.tokens, roll.mask)  # [B, G, T]
-        alone = token_logps(policy, first, roll.tokens[:1, -1:], roll.mask[:1, -1:])  # [1, 1, T]
+        logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
+        alone = token_logps(policy, first, rollouts.tokens[:1, -1:], rollouts.mask[:1, -1:])  # [1, 1, T]
         with policy.reference():
-            reference = token_logps(policy, batch, roll.tokens, roll.mask)  # [B, G, T]
-    usual, same, measured = TOLERANCE[policy.whole.dtype], (1.0, 1e-5), {}
+            reference = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
+    usual, same, measured = TOLERANCE[policy.base_model.dtype], (1.0, 1e-5), {}
     for name, one, other, (share, most), what in (
-        ("rollout_gap", logps, roll.logps, usual, "rollout and training disagree"),
+        ("rollout_gap", logps, rollouts.logps, usual, "rollout and training disagree"),
         ("packing_gap", logps[:1, -1:], alone, usual, "an answer without its group scores differently"),
         ("reference_gap", logps, reference, same, "the untrained adapter is not the reference"),
     ):
-        living = roll.mask[: len(one), -one.shape[1] :]  # [B, G, T] of `one`
+        living = rollouts.mask[: len(one), -one.shape[1] :]  # [B, G, T] of `one`
         measured[name] = (one - other).abs()[living].quantile(share).item()
-        demand(measured[name] < most, f"{what}, by {measured[name]:.2g} nats")
+        require(measured[name] < most, f"{what}, by {measured[name]:.2g} nats")
     frame = items[0].frame
     box = frame.to_pixels((100.3, 100.3, 300.3, 300.3))
     perfect = reward(f"<think></think><answer>{frame.to_text(box)}</answer>", frame.to_units(box)).iou
-    demand(perfect > 0.99, f"a perfect answer scores an IoU of {perfect:.3f}: is --box-frame right?")
+    require(perfect > 0.99, f"a perfect answer scores an IoU of {perfect:.3f}: is --box-frame right?")
     return measured | {"perfect_iou": perfect}
 
 
-def check_frame(policy: Policy, held: HeldOut, scores: Scores) -> None:
+def check_frame(policy: Policy, held: HeldOutSet, scores: Scores) -> None:
     """UserError if the answered boxes fit better in the other frame, by two standard errors: scored in the
     wrong one, a perfect answer can be worth nothing."""
-    own = policy.tools.family.box_frame
+    own = policy.processor.family.box_frame
     other = "resized" if own == "relative1000" else "relative1000"
     better = []
-    for cue, item, box, score in zip(held.cues, held.cue_items, scores.boxes, scores.samples["cue"]):
+    for cue, item, box, score in zip(held.cues, held.cue_prompts, scores.boxes, scores.samples["cue"]):
         frame = box_frame(
-            other, *cue.image.size, item.pictures[0].grid, policy.tools.image_processor.patch_size
+            other, *cue.image.size, item.images[0].grid_thw, policy.processor.image_processor.patch_size
         )
         if score is None:
             continue
@@ -96,18 +101,19 @@ def diverged(history: list[dict]) -> bool:
     return len(history) >= 5 and all(metrics["skipped"] == 1 for metrics in history[-5:])
 
 
-def watch(history: list[dict], kl_limit: float) -> list[str]:
+def step_warnings(history: list[dict], kl_limit: float) -> list[str]:
     """Warnings about the last step, each when its reason begins; about groups all alike every 20 steps."""
     one, before, out = history[-1], history[-2] if len(history) > 1 else {}, []
     if one["skipped"] > 0:
         share = f"{one['skipped']:.0%} of the step's updates"
         out.append(f"a loss or gradient was not finite, so {share} changed nothing")
-    if one["truncated"] > 0.1 >= before.get("truncated", 0):
-        out.append(f"{one['truncated']:.0%} of the answers cut; raise --max-new-tokens")
+    if one["completions/clipped_ratio"] > 0.1 >= before.get("completions/clipped_ratio", 0):
+        out.append(f"{one['completions/clipped_ratio']:.0%} of the answers cut; raise --max-new-tokens")
     if one["kl"] > kl_limit >= before.get("kl", 0):
-        out.append(f"KL {one['kl']:.2g} is over --kl-limit {kl_limit:g}: lower --lr or raise --kl")
+        out.append(f"KL {one['kl']:.2g} is over --kl-limit {kl_limit:g}: lower --lr or raise --beta")
     still = next(
-        (i for i, metrics in enumerate(reversed(history)) if metrics["zero_variance"] < 1), len(history)
+        (i for i, metrics in enumerate(reversed(history)) if metrics["frac_reward_zero_std"] < 1),
+        len(history),
     )
     if still and still % 20 == 0:
         out.append(

@@ -20,7 +20,7 @@ from torch import nn
 from data import Cue
 from files.errors import UserError
 from models import read_family
-from policy import LOGITS, PATCHES, Policy
+from policy import LOGIT_CHUNK_SIZE, MAX_PATCHES_PER_PASS, Policy
 from prompts import Family
 from reward import Reward
 from training.experiment import prepare
@@ -72,8 +72,9 @@ def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str
     F that of the feed-forward part, A of all heads together:
     rollout      keys and values; while prompts are read, 12·F + 15·H for the layer at work, later 16 for the
                  chance of each next token; before, what the vision tower needs
-    policy pass  a layer's input, 2·H, and for the layer at work 28·H + 12·A + 14·F; without --recompute all
-                 that a layer keeps, 28·H + 12·A + 10·F, and 4·F for that at work; or a chunk of logits
+    policy pass  a layer's input, 2·H, and for the layer at work 28·H + 12·A + 14·F; without gradient
+                 checkpointing all that a layer keeps, 28·H + 12·A + 10·F, and 4·F for that at work; or a
+                 chunk of logits
     """
     text, vision = model.config.get_text_config(), model.config.vision_config
     parts = weights(model, family, cfg.load_in_4bit is not False, cfg.lora_rank)
@@ -81,16 +82,18 @@ def predict(model: nn.Module, cfg: Config, family: Family) -> dict[str, dict[str
     H, F, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     size = getattr(text, "head_dim", None) or H // text.num_attention_heads
     A, P = text.num_attention_heads * size, prompt_tokens(model.config, cfg)
-    row = P + cfg.group * cfg.max_new_tokens
+    row = P + cfg.num_generations * cfg.max_new_tokens
     at_once, micro = min(cfg.rollout_batch, cfg.prompts), min(cfg.micro_batch, cfg.prompts // cfg.updates)
     column = 4 * text.num_key_value_heads * size * layers
-    patches = min(PATCHES, at_once * (P - WORDS) * vision.spatial_merge_size**2)
+    patches = min(MAX_PATCHES_PER_PASS, at_once * (P - WORDS) * vision.spatial_merge_size**2)
     seeing = patches * (20 * vision.hidden_size + 6 * vision.intermediate_size)
     reading = at_once * P * (12 * F + 15 * H + column)
-    writing = at_once * (row * column + 16 * cfg.group * text.vocab_size)
-    kept, work = (2 * H, 28 * H + 12 * A + 14 * F) if cfg.recompute else (28 * H + 12 * A + 10 * F, 4 * F)
+    writing = at_once * (row * column + 16 * cfg.num_generations * text.vocab_size)
+    kept, work = (
+        (2 * H, 28 * H + 12 * A + 14 * F) if cfg.gradient_checkpointing else (28 * H + 12 * A + 10 * F, 4 * F)
+    )
     layer = micro * row * (work + 3 * row) + 2 * H * F  # and a weight that is no longer 4-bit
-    logits = 16 * min(LOGITS, micro * (row - P) * text.vocab_size)
+    logits = 16 * min(LOGIT_CHUNK_SIZE, micro * (row - P) * text.vocab_size)
     passing = {"gradients": parts["adapter"], "layers' inputs": micro * row * (layers * kept + 10 * H)}
     return {
         "loading": parts,

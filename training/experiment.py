@@ -15,7 +15,7 @@ from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import compare, table
 from files.disk import write_json
-from models import add_lora, load_policy, recompute_layers
+from models import add_lora, enable_gradient_checkpointing, load_policy
 from policy import Policy
 from prompts import limit_pixels
 from training import checks, pictures, run_folder
@@ -44,10 +44,10 @@ def prepare(
     """The model that the flags name, with something to train; every setting, and where it came from."""
     wanted = flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame")
     policy = load_policy(*wanted, dtype)
-    cfg, origin = resolve(flags, policy.tools.family)
-    policy.tools.family = limit_pixels(policy.tools.family, cfg.image_pixels, cfg.crop_pixels)
-    if cfg.recompute:
-        recompute_layers(policy)
+    cfg, origin = resolve(flags, policy.processor.family)
+    policy.processor.family = limit_pixels(policy.processor.family, cfg.image_pixels, cfg.crop_pixels)
+    if cfg.gradient_checkpointing:
+        enable_gradient_checkpointing(policy)
     return adapt(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
@@ -61,9 +61,9 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     heldout_cues = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
     folder = folder or run_folder.new_folder(cfg.out)
-    inputs = {"task": task} | run_folder.fingerprints(policy.whole, *files.values(), Path(cfg.data))
+    inputs = {"task": task} | run_folder.fingerprints(policy.base_model, *files.values(), Path(cfg.data))
     origin = run_folder.write_config(folder, stored, cfg, origin, inputs)
-    print_settings(cfg, policy.tools.family, origin)
+    print_settings(cfg, policy.processor.family, origin)
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
     state = inputs | {name: str(v) for name, v in asdict(cfg).items() if name not in ("out", *MEMORY)}
@@ -75,7 +75,7 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
 def run_experiment(experiment: Experiment, train: Callable, encode: Callable) -> None:
     """All of a run, one process at a time; Ctrl-C leaves what is done and says how to continue."""
     try:
-        with run_folder.at_work(experiment.folder):
+        with run_folder.lock_run_folder(experiment.folder):
             train_and_measure(experiment, train, encode)
     except KeyboardInterrupt:
         print(f"Stopped. It goes on with: {experiment.resume_command}", file=sys.stderr)
@@ -91,14 +91,14 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     if (folder / "results.json").exists():
         print(f"{folder} is complete: its results.json is there.")
         return
-    run_folder.last_step(folder, state)
+    run_folder.last_checkpoint_step(folder, state)
     few = min(4, cfg.prompts, max(2, cfg.micro_batch))
-    first = [encode(policy.tools, experiment.cues[i], i, cfg) for i in range(few)]
+    first = [encode(policy.processor, experiment.cues[i], i, cfg) for i in range(few)]
     with phase("rollout"):
-        checked = checks.self_check(policy, first, cfg.group, cfg.max_new_tokens, cfg.seed)
+        checked = checks.self_check(policy, first, cfg.num_generations, cfg.max_new_tokens, cfg.seed)
     print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
     cache, longest = ReplyCache(folder / "answers.jsonl", state), cfg.max_new_tokens
-    held = heldout.held_out(policy, experiment.heldout_cues, cfg.eval_cues)
+    held = heldout.build_heldout_set(policy, experiment.heldout_cues, cfg.eval_cues)
     before = heldout.evaluate(policy, held, longest, "before", cache)
     checks.check_frame(policy, held, before)
     floor = heldout.baselines(policy, held, longest, cache)

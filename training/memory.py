@@ -11,8 +11,9 @@ from files.errors import UserError
 
 LOWER = {
     "loading": "take a smaller --model, or --load-in-4bit",
-    "rollout": "lower --rollout-batch, then --image-pixels, --max-new-tokens or --group",
-    "policy pass": "lower --micro-batch, give --recompute; then --image-pixels, --max-new-tokens or --group",
+    "rollout": "lower --rollout-batch, then --image-pixels, --max-new-tokens or --num-generations",
+    "policy pass": "lower --micro-batch, give --gradient-checkpointing, then lower --image-pixels, "
+    "--max-new-tokens or --num-generations",
     "optimizer": "lower --lora-rank",
 }
 # As PyTorch, CUDA, cuBLAS and, while weights become 4-bit, transformers put it.
@@ -36,7 +37,7 @@ def phase(name: str) -> Iterator[None]:
         more = f", when it asked for {asked[1]} more" if asked[1] else ""
         raise UserError(
             f"Out of memory in the phase '{name}'{more}: {LOWER[name]}. A checkpoint stays, and --resume "
-            "takes another --rollout-batch, --micro-batch and --recompute."
+            "takes another --rollout-batch, --micro-batch and --gradient-checkpointing."
         ) from None
     finally:
         note()

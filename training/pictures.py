@@ -67,7 +67,9 @@ def draw_group(group: Any, path: Path) -> None:
     sheet.save(path)
 
 
-def draw_looking(rows: list[tuple[str, Image.Image, list[Box], list[Tensor]]], path: Path) -> None:
+def draw_attention(
+    rows: list[tuple[str, Image.Image, list[Box], list[Tensor]]], names: list[str], path: Path
+) -> None:
     """Heat-maps: a row for each (title, image, boxes in its pixels, layer-averaged maps [rows, columns]).
 
     All maps of a row, before and after, share one scale; the lower 60 % of their values are transparent.

@@ -30,9 +30,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 from files.disk import file_stats, fingerprint, sync, write_json
 from files.errors import UserError
+from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
 
 
@@ -93,7 +95,7 @@ def new_folder(out: Path | None) -> Path:
 
 
 @contextmanager
-def at_work(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """One process at a time in a run folder; the lock goes with the process, however that ends."""
     try:
         with FileLock(folder / "lock", timeout=0):
@@ -126,7 +128,7 @@ def write_config(
         more = {"origin": origin, "versions": versions()}
         write_json(folder / "config.json", asdict(cfg) | inputs | more)
         return origin
-    refuse_difference(folder / "config.json", stored, inputs)
+    require_same_settings(folder / "config.json", stored, inputs)
     overridden = {name: "flag" for name in MEMORY if str(stored[name]) != str(getattr(cfg, name))}
     return stored["origin"] | overridden
 
@@ -135,11 +137,11 @@ def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], d
     """The config.json of a run, and the flags that continue it: its own, and those about memory if given."""
     stored = read_config(folder)
     overrides = {name: value for name, value in flags.items() if name in MEMORY}
-    refuse_difference(folder / "config.json", stored, {k: v for k, v in flags.items() if k not in MEMORY})
+    require_same_settings(folder / "config.json", stored, {k: v for k, v in flags.items() if k not in MEMORY})
     return stored, stored_flags(stored) | overrides
 
 
-def refuse_difference(where: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require_same_settings(where: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """UserError for the first setting in which a run and what it is to go on with differ."""
     for name in wanted:
         if str(found.get(name)) != str(wanted[name]):
@@ -186,13 +188,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != ".new")
 
 
-def last_step(folder: Path, state: dict) -> int:
+def last_checkpoint_step(folder: Path, state: dict) -> int:
     """The step of a run's last checkpoint, 0 without one; UserError if it is of another run than `state`."""
     if not (found := checkpoints(folder)):
         return 0
     try:
         saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-        refuse_difference(found[-1], saved, state)
+        require_same_settings(found[-1], saved, state)
         return int(saved["step"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -204,7 +206,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
     """The last checkpoint into model and optimizer; returns its step, 0 where there is none yet."""
     for torn in folder.glob("checkpoints/*.new"):  # by a kill
         shutil.rmtree(torn, ignore_errors=True)
-    if not (step := last_step(folder, state)):
+    if not (step := last_checkpoint_step(folder, state)):
         return 0
     last, device = checkpoints(folder)[-1], next(model.parameters()).device
     try:
@@ -243,8 +245,23 @@ def open_metrics(folder: Path, steps: int) -> tuple[TextIO, list[dict]]:
     return path.open("a", encoding="utf-8"), known
 
 
+def log_step(log: TextIO, bar: tqdm, history: list[dict], group: Any, cfg: Config) -> None:
+    """Writes the last step of the history to metrics.jsonl, and shows it with its warnings on the screen."""
+    metrics = history[-1]
+    log.write(json.dumps(metrics) + "\n")
+    log.flush()
+    names = ("reward", "iou", "format", "kl", "completions/mean_length", "seconds")
+    bar.set_postfix({name.rpartition("/")[2]: f"{metrics[name]:.3g}" for name in names}, refresh=False)
+    bar.update()
+    for warning in step_warnings(history, cfg.kl_limit):
+        bar.write(f"step {metrics['step']}: {warning}", file=sys.stderr)
+    if cfg.show_every and metrics["step"] % cfg.show_every == 0:
+        reward = group.rewards[0].total
+        bar.write(f"step {metrics['step']}: {group.completions[0]!r}, reward {reward:.2f}")
+
+
 @contextmanager
-def sigterm_is_ctrl_c() -> Iterator[None]:
+def sigterm_as_keyboard_interrupt() -> Iterator[None]:
     """Inside, a SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(number: int, frame: Any) -> None:
@@ -261,14 +278,14 @@ class Interruption:
     """Inside, Ctrl-C or SIGTERM is only noted, so that a step can be finished; a second one stops at once."""
 
     def __enter__(self) -> "Interruption":
-        self.asked = False
+        self.requested = False
         self.usual = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             os._exit(128 + number)
-        self.asked = True
+        self.requested = True
         print("\nThe step will be finished and saved; once more stops at once.", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from files.errors import FlagParser, UserError, model_folder, require_file
 
-MEMORY = ("rollout_batch", "micro_batch", "recompute")  # may change when a run is resumed
+MEMORY = ("rollout_batch", "micro_batch", "gradient_checkpointing")  # may change when a run is resumed
 LOSSES = ("token_mean", "grpo", "dr_grpo")
 SOURCES = ("object", "random", "large", "text")  # those of data.py, which takes seconds to import
 FRAMES = ("resized", "relative1000")  # those of prompts.py
@@ -34,12 +34,14 @@ class Config:
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card in a weekend", ("", "paper", "qlora"))
     steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
     prompts: int | None = setting(None, "prompts a rollout; paper: 512", low=1)
-    group: int = setting(8, "answers a prompt, G; paper", low=2)
+    num_generations: int = setting(8, "answers a prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps a rollout, each on a share of the prompts; paper: 4", low=1)
     iterations: int = setting(1, "passes over a rollout; paper: 1", low=1)
     rollout_batch: int = setting(16, "prompts that are answered at a time; memory and speed; ours", low=1)
     micro_batch: int | None = setting(None, "prompts in one forward and backward pass; memory only", low=1)
-    recompute: bool | None = setting(None, "keep text layers' inputs alone for the gradients; memory only")
+    gradient_checkpointing: bool | None = setting(
+        None, "keep text layers' inputs alone for the gradients; memory only"
+    )
     image_pixels: int | None = setting(None, "most pixels of a full image as the model sees it; ours")
     crop_pixels: int | None = setting(None, "most pixels of a crop as the model sees it; ours")
     max_new_tokens: int | None = setting(None, "longest answer in tokens; ours", low=1)
@@ -49,7 +51,7 @@ class Config:
     weight_decay: float = setting(0.01, "AdamW's; paper")
     max_grad_norm: float = setting(1.0, "clipping of the gradient norm; paper")
     loss: str = setting("token_mean", "how tokens are averaged; paper: token_mean", LOSSES)
-    kl: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
+    beta: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "the ratio's lower clip; paper's framework")
     clip_high: float = setting(0.3, "the ratio's upper clip; paper's framework")
     dual_clip: float = setting(3.0, "the ratio's bound at negative advantages; paper's framework", low=1)
@@ -66,15 +68,15 @@ class Config:
 
 PRESETS = {
     "": {},
-    "paper": dict(steps=100, prompts=512, updates=4, lr=1e-6, kl=0.01, decay="constant"),
-    "qlora": dict(steps=400, prompts=16, lr=1e-5, kl=0.01, decay="constant"),
+    "paper": dict(steps=100, prompts=512, updates=4, lr=1e-6, beta=0.01, decay="constant"),
+    "qlora": dict(steps=400, prompts=16, lr=1e-5, beta=0.01, decay="constant"),
 }
 
 
 def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]:
     """Settings and where each came from: flag, else preset, else the family's row, else default."""
     preset = PRESETS[flags.get("preset", "")]
-    names = ("prompts", "lr", "max_new_tokens", "micro_batch", "recompute", "box_frame")
+    names = ("prompts", "lr", "max_new_tokens", "micro_batch", "gradient_checkpointing", "box_frame")
     row = {name: getattr(family, name) for name in names}
     row |= {"image_pixels": family.image_pixels[1], "crop_pixels": family.crop_pixels[1]}
     cfg = Config(**(row | preset | flags))

@@ -8,11 +8,11 @@ from random_models import prompts
 
 from evaluation.attention import (
     add_grounding,
+    append_to_prompt,
+    attention_in_box,
     attention_maps,
-    begin_answer,
     box_ious,
     grounding_summary,
-    looking,
     touched_cells,
 )
 from evaluation.scores import Scores
@@ -23,37 +23,37 @@ from prompts import BoxFrame
 def full_maps(policy, item):
     """Head-mean attention of the last token from one ordinary eager forward pass, [layers, cells]."""
     batch = collate(policy, [item])
-    config = policy.whole.config.get_text_config()
+    config = policy.base_model.config.get_text_config()
     config._attn_implementation = "eager"
-    mask = torch.zeros(1, 1, *[batch.ids.shape[1]] * 2)
-    mask = mask.masked_fill(~group_mask(batch.segments), torch.finfo(torch.float32).min)
-    features = list(zip(*[p.features for p in item.pictures], strict=True))
+    mask = torch.zeros(1, 1, *[batch.input_ids.shape[1]] * 2)
+    mask = mask.masked_fill(~group_mask(batch.segment_ids), torch.finfo(torch.float32).min)
+    features = list(zip(*[p.features for p in item.images], strict=True))
     seen = {"image": SimpleNamespace(pooler_output=features[0], deepstack_features=features[1:])}
-    ways = dict(attention_mask=mask, position_ids=batch.positions, mm_encoder_outputs=seen)
+    ways = dict(attention_mask=mask, position_ids=batch.position_ids, mm_encoder_outputs=seen)
     with torch.no_grad():
-        run = policy.whole.model(batch.ids, use_cache=False, output_attentions=True, **ways)
+        run = policy.base_model.model(batch.input_ids, use_cache=False, output_attentions=True, **ways)
     config._attn_implementation = "sdpa"
-    columns = (batch.ids[0] == policy.whole.config.image_token_id).nonzero()[:, 0]
+    columns = (batch.input_ids[0] == policy.base_model.config.image_token_id).nonzero()[:, 0]
     return torch.stack([layer[0, :, -1].mean(0) for layer in run.attentions])[:, columns]
 
 
 def test_one_row_equals_full_eager_attention(policy):
-    items = [begin_answer(policy.tools, item, "<think> red") for item in prompts(policy, 4)]
+    items = [append_to_prompt(policy.processor, item, "<think> red") for item in prompts(policy, 4)]
     maps = attention_maps(policy, items)  # in one left-padded batch
-    assert policy.whole.config.get_text_config()._attn_implementation == "sdpa"
+    assert policy.base_model.config.get_text_config()._attn_implementation == "sdpa"
     for item, got in zip(items, maps, strict=True):
         cells = got.shape[1] * got.shape[2]
-        assert cells == int(item.pictures[0].grid.prod()) // 4
+        assert cells == int(item.images[0].grid_thw.prod()) // 4
         want = full_maps(policy, item)[:, :cells]
         assert want.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
         assert torch.allclose(got.flatten(1), want, atol=1e-6)
 
 
 def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
-    monkeypatch.setattr(policy.whole.model.language_model, "norm", None)
+    monkeypatch.setattr(policy.base_model.model.language_model, "norm", None)
     with pytest.raises(TypeError):
         attention_maps(policy, prompts(policy, 1))
-    assert policy.whole.config.get_text_config()._attn_implementation == "sdpa"
+    assert policy.base_model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def test_cells_that_touch_a_box_count():
@@ -70,11 +70,11 @@ def test_cells_that_touch_a_box_count():
 def test_attention_in_box_by_hand():
     first = [[4.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]  # mass 8
     second = [[0.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]  # mass 2
-    got = looking(torch.tensor([first, second]), [(0, 0, 15, 10), (70, 0, 80, 5)], (80, 40))
+    got = attention_in_box(torch.tensor([first, second]), [(0, 0, 15, 10), (70, 0, 80, 5)], (80, 40))
     assert got.aib == pytest.approx([4 / 8, 2 / 2])
     assert got.mean_aib == pytest.approx(6 / 10), "of the averaged map, not the mean of the layers"
     assert got.peak == 1 and got.chance == pytest.approx(2 / 8)
-    assert looking(torch.tensor([first, second]), [(60, 20, 80, 40)], (80, 40)).peak == 0
+    assert attention_in_box(torch.tensor([first, second]), [(60, 20, 80, 40)], (80, 40)).peak == 0
 
 
 def test_boxes_count_with_or_without_an_answer_block():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from random_models import noise, random_policy
 
-from data import CueConfig, FolderCues, SceneCues
+from data import CueConfig, folder_cues, scene_cues
 from evaluation import heldout, reply_cache
-from evaluation.heldout import box_score, cue_summary, held_out, question_summary, thing_of
+from evaluation.heldout import box_score, build_heldout_set, cue_summary, question_summary, target_object
 from evaluation.scores import Scores, paired, table
 from files.errors import UserError
 from prompts import FAMILIES, BoxFrame
@@ -24,7 +24,7 @@ FRAME = BoxFrame(scenes.SIDE, scenes.SIDE, 1000, 1000)
 @pytest.fixture(scope="module")
 def policy():
     policy = random_policy("qwen3_vl")
-    policy.tools.family = replace(FAMILIES["tiny"])
+    policy.processor.family = replace(FAMILIES["tiny"])
     return policy
 
 
@@ -33,9 +33,9 @@ def said(box, think: str = "x") -> str:
 
 
 def test_box_score_knows_the_right_thing_from_the_others():
-    cue = SceneCues(CueConfig(), "heldout", 0)[3]
-    mine = thing_of(cue)
-    other = next(t for t in cue.scene.things if t != mine)
+    cue = scene_cues(CueConfig(), "heldout", 0)[3]
+    mine = target_object(cue)
+    other = next(t for t in cue.scene.objects if t != mine)
     right = box_score(said(cue.box), FRAME, cue.box, cue)
     assert right["iou"] > 0.9 and right["parsed"] == right["format"] == right["right"] == 1
     wrong = box_score(said(other.box), FRAME, cue.box, cue)
@@ -86,17 +86,21 @@ def test_samples_of_one_group_count_as_one():
 
 
 def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 5)
-    plain, real, sizes = list(reply_cache.answers(policy, held.cue_items, 8)), reply_cache.rollout, []
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 5)
+    plain, real, sizes = (
+        list(reply_cache.generate_replies(policy, held.cue_prompts, 8)),
+        reply_cache.rollout,
+        [],
+    )
 
     def small(policy, batch, *rest):
-        sizes.append(len(batch.items))
-        if len(batch.items) > 1 or batch.items[0] is held.cue_items[3]:
+        sizes.append(len(batch.prompts))
+        if len(batch.prompts) > 1 or batch.prompts[0] is held.cue_prompts[3]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(policy, batch, *rest)
 
     monkeypatch.setattr(reply_cache, "rollout", small)
-    got = list(reply_cache.answers(policy, held.cue_items, 8, batch=3))
+    got = list(reply_cache.generate_replies(policy, held.cue_prompts, 8, batch=3))
     assert sizes == [3, 1, 1, 1, 2, 1, 1]
     expected = [text for text, _ in plain]
     expected[3] = None
@@ -110,33 +114,35 @@ def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
 def test_photos_are_opened_when_they_are_asked_about(policy, tmp_path):
     for i in range(30):
         noise((320, 240), i).save(tmp_path / f"{i}.png")
-    held = held_out(policy, FolderCues(tmp_path, CueConfig(), "heldout", 0), 4)
-    boxes, items = [cue.box for cue in held.cues], list(held.cue_items)
-    assert len(held.cues) == len(items) == 4 and held.find_items == held.asked == []
+    held = build_heldout_set(policy, folder_cues(tmp_path, CueConfig(), "heldout", 0), 4)
+    boxes, items = [cue.box for cue in held.cues], list(held.cue_prompts)
+    assert len(held.cues) == len(items) == 4 and held.find_prompts == held.scene_questions == []
     assert boxes == [cue.box for cue in held.cues], "drawn again, the same"
-    assert held.cues[0] is not held.cues[0] and items[0] is not held.cue_items[0], "none is kept"
+    assert held.cues[0] is not held.cues[0] and items[0] is not held.cue_prompts[0], "none is kept"
 
 
 def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_evidence(policy, monkeypatch):
-    monkeypatch.setattr(heldout, "see", lambda policy, items: None)  # which would let go of the pixels
-    cues = SceneCues(CueConfig(), "heldout", 0)
-    held, again = held_out(policy, cues, 4), held_out(policy, cues, 4)
-    assert [q.text for _, q in held.asked] == [q.text for _, q in again.asked]
-    kinds = [q.kind for _, q in held.asked]
+    monkeypatch.setattr(heldout, "compute_image_features", lambda policy, items: None)  # which would let go of the pixels
+    cues = scene_cues(CueConfig(), "heldout", 0)
+    held, again = build_heldout_set(policy, cues, 4), build_heldout_set(policy, cues, 4)
+    assert [q.text for _, q in held.scene_questions] == [q.text for _, q in again.scene_questions]
+    kinds = [q.kind for _, q in held.scene_questions]
     assert kinds.count("place") == kinds.count("attribute") == 4
-    assert len(held.cues) == len(held.cue_items) == len(held.find_items) == 4
-    for item in held.question_items:
-        assert len(item.pictures) == 1, "an ordinary question has one image and no crop"
-    for full, black, (_, question) in zip(held.question_items, held.suppressed_items, held.asked):
-        assert full.ids.tolist() == black.ids.tolist()
-        lit = (black.pictures[0].pixels > -0.999).any(1).float().mean()
+    assert len(held.cues) == len(held.cue_prompts) == len(held.find_prompts) == 4
+    for item in held.question_prompts:
+        assert len(item.images) == 1, "an ordinary question has one image and no crop"
+    for full, black, (_, question) in zip(
+        held.question_prompts, held.suppressed_prompts, held.scene_questions
+    ):
+        assert full.input_ids.tolist() == black.input_ids.tolist()
+        lit = (black.images[0].pixel_values > -0.999).any(1).float().mean()
         touched = math.prod((question.box[i + 2] - 1) // 16 - question.box[i] // 16 + 1 for i in (0, 1))
         assert 0 < lit <= touched / 144 + 1e-6
 
 
 def test_alone_keeps_only_evidence_with_its_tokens_to_itself(policy):
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0, (16, 16)), 3, alone=True)
-    assert all(scenes.alone_in_its_cells(scene, q.box) for scene, q in held.asked)
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (16, 16)), 3, alone=True)
+    assert all(scenes.alone_in_its_cells(scene, q.box) for scene, q in held.scene_questions)
 
 
 def scores_of(samples: list[float], boxes: list) -> Scores:
@@ -148,7 +154,7 @@ def scores_of(samples: list[float], boxes: list) -> Scores:
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_frame_check_stops_where_the_other_frame_wins(policy, wrong):
     """Perfect answers, read in their own frame and in the other one."""
-    held = held_out(policy, SceneCues(CueConfig(), "heldout", 0), 12)
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 12)
     answered = []
     for cue in held.cues:
         units = FRAME.to_units(cue.box)

@@ -19,7 +19,7 @@ from test_data import Corpus, an_id, looks, noise
 import data
 from data import CueConfig, open_cues
 from files import download
-from files.pictures import Unfit
+from files.pictures import UnusableImage
 from training.settings import read_flags
 
 
@@ -285,7 +285,7 @@ ADDRESSES += [
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_that_is_none_is_why(address):
-    with pytest.raises(Unfit):
+    with pytest.raises(UnusableImage):
         download.fetch_bytes(address)
 
 

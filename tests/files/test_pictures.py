@@ -14,10 +14,10 @@ from PIL import Image
 from random_models import noise
 
 import locus_mini
-from data import CocoCues, CueConfig, FolderCues
+from data import CueConfig, coco_cues, folder_cues
 from files.coco import index_coco
 from files.errors import UserError
-from files.pictures import LeftOut, Photos, Unfit, load_image
+from files.pictures import LeftOut, Photos, UnusableImage, load_image
 
 SIZE = (320, 240)
 
@@ -60,7 +60,7 @@ def test_every_unfit_picture_says_why(name, tmp_path):
     content, why = BAD[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(Unfit) as caught:
+    with pytest.raises(UnusableImage) as caught:
         load_image(tmp_path / name)
     assert str(caught.value) == why
 
@@ -77,12 +77,12 @@ def fill(folder: Path, good: int) -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_another_cue_takes_the_place_the_same_for_the_same_seed(tmp_path, capsys):
     fill(tmp_path / "photos", 20)
-    cues = FolderCues(tmp_path / "photos", CueConfig(), "train", 0)
+    cues = folder_cues(tmp_path / "photos", CueConfig(), "train", 0)
     drawn = [(cues[i].box, cues[i].image.tobytes()) for i in range(60)]
-    fresh = FolderCues(tmp_path / "photos", CueConfig(), "train", 0)
+    fresh = folder_cues(tmp_path / "photos", CueConfig(), "train", 0)
     assert [(fresh[i].box, fresh[i].image.tobytes()) for i in reversed(range(60))] == drawn[::-1]
     (left_out,) = cues.left_out
-    assert left_out.unfit >= 5 and left_out.reasons["broken, or no picture"] >= 2
+    assert left_out.unusable >= 5 and left_out.reasons["broken, or no picture"] >= 2
     assert left_out.reasons == fresh.left_out[0].reasons, "each picture counts once"
     said = capsys.readouterr().err
     assert said.count("warning: more than 1 % cannot be used") == 2, "once for each of the two"
@@ -91,7 +91,7 @@ def test_another_cue_takes_the_place_the_same_for_the_same_seed(tmp_path, capsys
 def test_a_picture_is_never_run_as_a_program(tmp_path, monkeypatch):
     (tmp_path / "script.jpg").write_bytes(BAD["script.jpg"][0])
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
-    with pytest.raises(Unfit):
+    with pytest.raises(UnusableImage):
         load_image(tmp_path / "script.jpg")
 
 
@@ -99,7 +99,7 @@ def test_names_that_are_no_text_are_names(tmp_path):
     for i in range(30):
         noise(SIZE, i).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/%d\xff.png" % i))
-    cue = FolderCues(tmp_path, CueConfig(), "train", 0)[0]
+    cue = folder_cues(tmp_path, CueConfig(), "train", 0)[0]
     assert cue.image.size == SIZE
     assert index([IMAGE | {"id": "\ud800"}, IMAGE], [BOX])[0], "an id of half a character"
 
@@ -116,7 +116,7 @@ def test_all_dropped_is_an_error_that_counts_them(tmp_path, capsys):
     for i in range(12):
         (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"left out: \d+ broken, or no picture"):
-        FolderCues(tmp_path, CueConfig(), "train", 0)[0]
+        folder_cues(tmp_path, CueConfig(), "train", 0)[0]
 
 
 def test_a_warning_comes_once_and_only_above_one_percent(capsys):
@@ -214,7 +214,7 @@ def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monke
     file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": []}))
     opened, usual = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, **ways: opened.append(Path(path)) or usual(path, **ways))
-    cues = CocoCues(file, tmp_path / "images", CueConfig(tiny_ratio=0), "train", 0)
+    cues = coco_cues(file, tmp_path / "images", CueConfig(tiny_ratio=0), "train", 0)
     assert all(cues[i].image.size == SIZE for i in range(20))
     assert set(opened) == {tmp_path / "images" / "1.png"}
 
@@ -231,7 +231,7 @@ def test_a_picture_is_opened_once_to_be_found_unfit(tmp_path, monkeypatch):
 def test_a_whole_run_on_bad_data_ends_well_and_counts(tmp_path, monkeypatch, capsys):
     fill(tmp_path / "photos", 40)
     arguments = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--steps", "4"]
-    arguments += ["--prompts", "4", "--group", "2", "--eval-cues", "6"]
+    arguments += ["--prompts", "4", "--num-generations", "2", "--eval-cues", "6"]
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *arguments])
     locus_mini.main()
     left_out = json.loads((tmp_path / "run" / "results.json").read_text())["left_out"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import CueConfig, SceneCues
+from data import CueConfig, scene_cues
 from files.errors import UserError
 from paper import report, reproduce
 from paper.claims import CLAIMS, POINTLESS, bands_apart, contrast, template_iou, verdict
@@ -52,7 +52,7 @@ def test_bands_are_compared_as_two_groups():
 
 @pytest.mark.parametrize("source", ["object", "random", "large"])
 def test_every_kind_of_crop_can_be_found_in_its_scene(source):
-    cues = SceneCues(CueConfig(source), "train", 1)
+    cues = scene_cues(CueConfig(source), "train", 1)
     assert sum(template_iou(cues[i].image, cues[i].box) for i in range(40)) / 40 >= 0.9
 
 

@@ -9,28 +9,28 @@ import torch
 from random_models import prompts, random_policy
 
 import locus_mini
-from data import CueConfig, SceneCues, encode_cue
-from evaluation.heldout import thing_of
+from data import CueConfig, encode_cue, scene_cues
+from evaluation.heldout import target_object
 from files.errors import UserError
 from locus_mini import Example, grpo_loss, token_weights
 from models import add_lora, load_adapter, load_policy
 from paper.variants import (
     VARIANTS,
     all_weights,
-    best_answers,
+    best_completions,
+    ground_truth_completions,
     main,
     question_of,
     sft_loss,
-    true_answers,
     variant_flags,
 )
-from policy import Rollout, collate, rollout, texts, token_logps
+from policy import Rollout, collate, decode_completions, rollout, token_logps
 from reward import reward
 from tiny import scenes
 from training.run_folder import save_adapter
 from training.settings import Config, resolve
 
-CUES, CFG = SceneCues(CueConfig(), "train", 5), Config()
+CUES, CFG = scene_cues(CueConfig(), "train", 5), Config()
 SMALL = ["--steps", "3", "--prompts", "4", "--eval-cues", "6", "--show-every", "0"]
 
 
@@ -42,7 +42,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def some(tiny):
     cues = [CUES[i] for i in range(6)]
-    return [encode_cue(tiny.tools, cue, "object") for cue in cues], cues
+    return [encode_cue(tiny.processor, cue, "object") for cue in cues], cues
 
 
 def test_sft_is_the_mean_negative_log_probability_of_what_is_imitated():
@@ -62,42 +62,48 @@ def test_imitation_has_the_gradient_of_grpo_where_every_answer_is_as_good_as_any
     sft_loss(logps, logps, None, torch.ones(2, 1), weights, Config())[0].backward()
     imitated, logps.grad = logps.grad, None
     old = logps.detach().clone()
-    grpo_loss(logps, old, None, torch.ones(2, 1, dtype=torch.float64), weights, Config(kl=0.0))[0].backward()
+    grpo_loss(logps, old, None, torch.ones(2, 1, dtype=torch.float64), weights, Config(beta=0.0))[
+        0
+    ].backward()
     assert torch.allclose(imitated, logps.grad, atol=1e-12)
 
 
 def test_what_sft_imitates_is_a_perfect_answer_in_the_families_form(tiny, some):
     items, cues = some
-    said = texts(tiny, true_answers(tiny, items, cues))
+    said = decode_completions(tiny, ground_truth_completions(tiny, items, cues))
     for (text,), item, cue in zip(said, items, cues):
-        assert text.startswith(f"<think> {thing_of(cue).name}</think>")
+        assert text.startswith(f"<think> {target_object(cue).name}</think>")
         scored = reward(text, item.frame.to_units(cue.box))
         assert scored.format == 1 and scored.iou > 0.95
     thinking = replace(
-        tiny, tools=replace(tiny.tools, family=replace(tiny.tools.family, opening="<think>\n"))
+        tiny, processor=replace(tiny.processor, family=replace(tiny.processor.family, opening="<think>\n"))
     )
-    roll = true_answers(thinking, items, cues)
-    assert tiny.tools.tokenizer.decode(roll.tokens[0, 0][:3]).startswith(f" {cues[0].text.split()[0]}")
-    assert all(reward(t, (0, 0, 1, 1)).format == 1 for (t,) in texts(thinking, roll))
+    rollouts = ground_truth_completions(thinking, items, cues)
+    assert tiny.processor.tokenizer.decode(rollouts.tokens[0, 0][:3]).startswith(
+        f" {cues[0].text.split()[0]}"
+    )
+    assert all(reward(t, (0, 0, 1, 1)).format == 1 for (t,) in decode_completions(thinking, rollouts))
 
 
 def test_sft_ends_with_the_stop_token_and_hides_its_padding(tiny, some):
-    roll = true_answers(tiny, *some)
-    last = roll.mask.sum(-1) - 1
-    assert (roll.tokens.gather(-1, last[..., None])[..., 0] == tiny.tools.tokenizer.eos_token_id).all()
+    rollouts = ground_truth_completions(tiny, *some)
+    last = rollouts.mask.sum(-1) - 1
+    assert (
+        rollouts.tokens.gather(-1, last[..., None])[..., 0] == tiny.processor.tokenizer.eos_token_id
+    ).all()
     shown = [f"<think> {c.text}</think><answer>{i.frame.to_text(c.box)}</answer>" for i, c in zip(*some)]
-    lengths = [len(tiny.tools.tokenizer(text)["input_ids"]) + 1 for text in shown]
-    assert roll.mask.sum(-1)[:, 0].tolist() == lengths
+    lengths = [len(tiny.processor.tokenizer(text)["input_ids"]) + 1 for text in shown]
+    assert rollouts.mask.sum(-1)[:, 0].tolist() == lengths
 
 
 def test_imitating_raises_the_probability_of_the_true_answers(some, tiny):
     policy = add_lora(load_policy("tiny"), 4)
     items, cues = some
-    cfg, _ = resolve(variant_flags("sft", {"lr": 2e-3}), policy.tools.family)
-    roll = true_answers(policy, items, cues)
+    cfg, _ = resolve(variant_flags("sft", {"lr": 2e-3}), policy.processor.family)
+    rollouts = ground_truth_completions(policy, items, cues)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
     ones = torch.ones(len(items), 1)
-    passes = [(collate(policy, items), roll, ones, None)]
+    passes = [(collate(policy, items), rollouts, ones, None)]
     losses = [locus_mini.optimizer_step(policy, optimizer, passes, cfg, sft_loss)["loss"] for _ in range(6)]
     assert losses[-1] < losses[0] - 0.05
 
@@ -105,10 +111,10 @@ def test_imitating_raises_the_probability_of_the_true_answers(some, tiny):
 def test_the_best_answer_of_each_group_is_kept():
     tokens = torch.arange(24).view(2, 3, 4)
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
-    roll = Rollout(tokens, mask, -tokens.float(), torch.tensor([[True, False, True], [True, True, True]]))
-    kept, better = best_answers(roll, torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.5, 0.5]]))
+    rollouts = Rollout(tokens, mask, -tokens.float(), torch.tensor([[True, False, True], [True, True, True]]))
+    kept, better = best_completions(rollouts, torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.5, 0.5]]))
     assert kept.tokens.tolist() == [[[4, 5, 6, 7]], [[12, 13, 14, 15]]]
-    assert kept.stopped.tolist() == [[False], [True]]
+    assert kept.finished.tolist() == [[False], [True]]
     assert better.tolist() == [[1.0], [0.0]]
 
 
@@ -127,7 +133,7 @@ def test_random_rewards_ignore_the_answer_and_repeat(tiny, some):
 def test_a_shuffled_target_pays_for_another_thing(tiny, some):
     items, cues = some
     for i, (item, cue) in enumerate(zip(items, cues)):
-        boxes = [cue.box, *(t.box for t in cue.scene.things if t != thing_of(cue))]
+        boxes = [cue.box, *(t.box for t in cue.scene.objects if t != target_object(cue))]
         answers = [f"<think> x</think><answer>{item.frame.to_text(box)}</answer>" for box in boxes]
         scored = VARIANTS["shuffled"].task.score(answers, Example(i, cue, item), CFG)
         best = max(range(len(boxes)), key=lambda g: scored[g].total)
@@ -142,8 +148,8 @@ def test_questions_are_rewarded_by_their_answer_on_the_full_image_alone(tiny):
         question = question_of(cue, i)
         kinds.add(question.kind)
         assert question == question_of(cue, i) and question in scenes.questions(cue.scene)
-        item = VARIANTS["questions"].task.encode(tiny.tools, cue, i, CFG)
-        assert len(item.pictures) == 1
+        item = VARIANTS["questions"].task.encode(tiny.processor, cue, i, CFG)
+        assert len(item.images) == 1
         answers = [f"<think> x</think><answer> {question.answer}</answer>", "<answer> nonsense</answer>"]
         right, wrong = VARIANTS["questions"].task.score(answers, Example(i, cue, item), CFG)
         assert (right.total, right.iou, wrong.total) == (1.0, 1.0, 0.0)
@@ -156,21 +162,23 @@ def test_training_all_weights_leaves_the_reference_as_it_was(tmp_path, some):
     trained = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
     assert trained == {"modules_to_save"}
     batch = collate(policy, items)
-    roll = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
-    before = token_logps(policy, batch, roll.tokens, roll.mask)
+    rollouts = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
+    before = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
-    cfg, _ = resolve({}, policy.tools.family)
-    locus_mini.optimizer_step(policy, optimizer, [(batch, roll, torch.tensor([[1.0, -1.0]] * 6), None)], cfg)
+    cfg, _ = resolve({}, policy.processor.family)
+    locus_mini.optimizer_step(
+        policy, optimizer, [(batch, rollouts, torch.tensor([[1.0, -1.0]] * 6), None)], cfg
+    )
     with torch.no_grad():
-        after = token_logps(policy, batch, roll.tokens, roll.mask)
+        after = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
         with policy.reference():
-            reference = token_logps(policy, batch, roll.tokens, roll.mask)
+            reference = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
     assert torch.equal(reference, before.detach())
     assert (after - before).abs().max() > 0.01
     save_adapter(policy.model, tmp_path / "adapter")
     loaded = load_adapter(load_policy("tiny"), tmp_path / "adapter")
     with torch.no_grad():
-        assert torch.allclose(token_logps(loaded, batch, roll.tokens, roll.mask), after, atol=1e-5)
+        assert torch.allclose(token_logps(loaded, batch, rollouts.tokens, rollouts.mask), after, atol=1e-5)
 
 
 def test_all_weights_are_for_the_embedded_model_alone():
@@ -219,8 +227,8 @@ def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("sft", {"kl": 0.1}),
-        ("best", {"kl": 0.1}),
+        ("sft", {"beta": 0.1}),
+        ("best", {"beta": 0.1}),
         ("shuffled", {"data": "coco"}),
         ("questions", {"data": "photos"}),
     ],
@@ -231,8 +239,8 @@ def test_variants_that_make_no_sense_are_refused(name, flags):
 
 
 def test_imitation_goes_without_the_kl():
-    assert variant_flags("best", {})["kl"] == variant_flags("sft", {"kl": 0.0})["kl"] == 0
-    assert "kl" not in variant_flags("random", {})
+    assert variant_flags("best", {})["beta"] == variant_flags("sft", {"beta": 0.0})["beta"] == 0
+    assert "beta" not in variant_flags("random", {})
 
 
 @pytest.mark.parametrize("words", [[], ["sfd"]])
@@ -246,9 +254,9 @@ def test_an_unknown_variant_names_the_known_ones(words, monkeypatch, capsys):
 def test_a_group_of_one_random_model_answers_is_imitated(policy):
     """On both families' random models: the loss of what was kept falls."""
     items = prompts(policy, 3)
-    roll = rollout(policy, collate(policy, items), 4, 10, torch.Generator().manual_seed(1))
-    kept, better = best_answers(roll, torch.rand(3, 4, generator=torch.Generator().manual_seed(2)))
-    cfg = Config(kl=0.0, prompts=3, max_new_tokens=10, lr=0.01)
+    rollouts = rollout(policy, collate(policy, items), 4, 10, torch.Generator().manual_seed(1))
+    kept, better = best_completions(rollouts, torch.rand(3, 4, generator=torch.Generator().manual_seed(2)))
+    cfg = Config(beta=0.0, prompts=3, max_new_tokens=10, lr=0.01)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.01)
     share = [(collate(policy, items), kept, better, None)]
     losses = [locus_mini.optimizer_step(policy, optimizer, share, cfg, sft_loss)["loss"] for _ in range(5)]

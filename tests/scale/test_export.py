@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 from data import CueConfig, encode_cue, open_cues
 from files.errors import UserError
-from prompts import FAMILIES, Tools, prompt_text
+from prompts import FAMILIES, Processor, prompt_text
 from reward import iou, parse_box, reward
 from scale import export
 from scale.export import EASYR1_PIXELS, QWEN, Target, easyr1_size, export_cues, find_target
@@ -133,9 +133,9 @@ def coco(tmp_path) -> list[str]:
     return ["--data", "coco", *map(str, files)]
 
 
-def qwen_tools(kind: str) -> Tools:
+def qwen_tools(kind: str) -> Processor:
     patch = 14 if kind == "qwen2_5_vl" else 16
-    return Tools(
+    return Processor(
         architecture.build_tokenizer(),
         Qwen2VLImageProcessorPil(patch_size=patch),
         FAMILIES[kind],
@@ -170,25 +170,25 @@ def test_easyr1_rows_hold_its_contract(tmp_path, monkeypatch, coco, capsys):
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_trl_rows_are_the_cues_of_the_loop(tmp_path, monkeypatch, coco, kind):
-    out, tools = tmp_path / "out", qwen_tools(kind)
-    frame = tools.family.box_frame
+    out, processor = tmp_path / "out", qwen_tools(kind)
+    frame = processor.family.box_frame
     assert run(monkeypatch, out, "--format", "trl", "--frame", frame, "--limit", 6, "--seed", 3, *coco) == 0
     files = dict(zip(("annotations", "images", "exclude"), map(Path, coco[3::2])))
     cues = open_cues("coco", "train", 3, CueConfig(), expressions=None, **files)
-    (low, high), processor = tools.family.image_pixels, tools.image_processor
+    (low, high), processor = processor.family.image_pixels, processor.image_processor
     for i, row in enumerate(rows(out)):
-        item = encode_cue(tools, cues[i], "object")
+        item = encode_cue(processor, cues[i], "object")
         assert row["box"] == pytest.approx(item.frame.to_units(cues[i].box), abs=1e-5)
         assert row["frame"] == [item.frame.width, item.frame.height, item.frame.units_x, item.frame.units_y]
         (message,) = row["prompt"]
         assert [part["type"] for part in message["content"]] == ["image", "image", "text"]
-        assert message["content"][-1]["text"] == prompt_text(tools.family, "cue")
-        for name, picture in zip(row["images"], item.pictures):
+        assert message["content"][-1]["text"] == prompt_text(processor.family, "cue")
+        for name, picture in zip(row["images"], item.images):
             with Image.open(out / name) as image:  # TRL has one pair of limits, that of full images
                 size = {"shortest_edge": low, "longest_edge": high}
                 seen = processor(image.convert("RGB"), size=size, return_tensors="pt")
-            assert (seen["image_grid_thw"][0] == picture.grid).all()
-            assert (seen["pixel_values"] - picture.pixels).abs().max() < 0.02  # a rounding to 8 bits
+            assert (seen["image_grid_thw"][0] == picture.grid_thw).all()
+            assert (seen["pixel_values"] - picture.pixel_values).abs().max() < 0.02  # a rounding to 8 bits
 
 
 @pytest.mark.parametrize("frame", ["resized", "relative1000"])

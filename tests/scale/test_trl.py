@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
-from data import Cue, CueConfig, SceneCues, encode_cue
+from data import Cue, CueConfig, encode_cue, scene_cues
 from locus_mini import group_advantages, optimizer_step
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import box_frame
@@ -94,16 +94,16 @@ def test_rows_for_easyr1_pass_datasets(tmp_path):
 
 def test_trl_sees_what_the_loop_sees():
     """Tokens and pixels by the processor that train_trl.py takes, torchvision's, are those of encode."""
-    policy, scenes = load_policy("tiny"), SceneCues(CueConfig(), "train", 4)
-    low, high = policy.tools.family.image_pixels
+    policy, scenes = load_policy("tiny"), scene_cues(CueConfig(), "train", 4)
+    low, high = policy.processor.family.image_pixels
     processor = AutoProcessor.from_pretrained(model_folder("tiny"), min_pixels=low, max_pixels=high)
     for cue in (scenes[i] for i in range(4)):
-        (row,), item = rows_of(policy, [cue], "object"), encode_cue(policy.tools, cue, "object")
+        (row,), item = rows_of(policy, [cue], "object"), encode_cue(policy.processor, cue, "object")
         text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         seen = processor(images=row["images"], text=[text], return_tensors="pt")
-        assert seen["input_ids"][0].tolist() == item.ids.tolist()
-        assert seen["mm_token_type_ids"][0].tolist() == item.kinds.tolist()
-        pixels = torch.cat([picture.pixels for picture in item.pictures])
+        assert seen["input_ids"][0].tolist() == item.input_ids.tolist()
+        assert seen["mm_token_type_ids"][0].tolist() == item.mm_token_type_ids.tolist()
+        pixels = torch.cat([picture.pixel_values for picture in item.images])
         assert (seen["pixel_values"] - pixels).abs().max() < 1e-5
 
 
@@ -144,34 +144,34 @@ def recorded() -> tuple[Policy, list[Cue], list, Rollout, torch.Tensor, torch.Te
     """Our policy with an adapter that does something, four cues, its answers to them, and their rewards."""
     policy = add_lora(load_policy("tiny"), 8)
     with_random_adapter(policy.model)
-    scenes = SceneCues(CueConfig(), "train", 11)
+    scenes = scene_cues(CueConfig(), "train", 11)
     cues = [scenes[i] for i in range(4)]
-    items = [encode_cue(policy.tools, cue, "object") for cue in cues]
-    roll = rollout(policy, collate(policy, items), GROUP, 40, torch.Generator().manual_seed(2))
-    answers = zip(texts(policy, roll), items, cues)
+    items = [encode_cue(policy.processor, cue, "object") for cue in cues]
+    rollouts = rollout(policy, collate(policy, items), GROUP, 40, torch.Generator().manual_seed(2))
+    answers = zip(texts(policy, rollouts), items, cues)
     rewards = torch.tensor([[reward(t, i.frame.to_units(c.box)).total for t in a] for a, i, c in answers])
-    assert roll.mask.sum(-1).unique().numel() > 1 and (rewards.std(1) > 0).any()
-    return policy, cues, items, roll, rewards, group_advantages(rewards)
+    assert rollouts.mask.sum(-1).unique().numel() > 1 and (rewards.std(1) > 0).any()
+    return policy, cues, items, rollouts, rewards, group_advantages(rewards)
 
 
 def replay(recorded: tuple, folder: Path, **settings) -> tuple:
     """TRL's trainer with our adapter, whose answers are the recorded ones, and its batch of prompts."""
-    _, cues, _, roll, _, _ = recorded
+    _, cues, _, rollouts, _, _ = recorded
     other = load_policy("tiny")
     rows = rows_of(other, cues, "object")
     batch = dict(per_device_train_batch_size=len(cues) * GROUP, max_completion_length=40, max_steps=1)
     trainer = make_trainer(other, 8, rows, str(folder), **batch, gradient_checkpointing=False, **settings)
     with_random_adapter(trainer.model)
-    pairs = zip(roll.tokens.flatten(0, 1), roll.mask.flatten(0, 1))
+    pairs = zip(rollouts.tokens.flatten(0, 1), rollouts.mask.flatten(0, 1))
     answers = [tokens[mask].tolist() for tokens, mask in pairs]
     trainer._generate_single_turn = lambda *_, **__: (answers, None)
     return trainer, [trainer.train_dataset[i] for i in range(len(cues)) for _ in range(GROUP)]
 
 
 def our_step(recorded: tuple, old: torch.Tensor | None, **settings) -> tuple[float, torch.Tensor, float]:
-    policy, _, items, roll, _, advantages = recorded
+    policy, _, items, rollouts, _, advantages = recorded
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
-    batch = (collate(policy, items), roll, advantages, old)
+    batch = (collate(policy, items), rollouts, advantages, old)
     metrics = optimizer_step(policy, optimizer, [batch], Config(prompts=4, max_new_tokens=40, **settings))
     return metrics["loss"], gradient(policy.model), metrics["grad_norm"]
 
@@ -179,19 +179,21 @@ def our_step(recorded: tuple, old: torch.Tensor | None, **settings) -> tuple[flo
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_loss_and_gradient_agree_on_recorded_answers(recorded, tmp_path, dual_clip):
     """Off policy, so that clips and KL do something; the same answers, rewards, advantages and old values."""
-    policy, _, items, roll, rewards, advantages = recorded
+    policy, _, items, rollouts, rewards, advantages = recorded
     with torch.no_grad():
-        logps = token_logps(policy, collate(policy, items), roll.tokens, roll.mask)
+        logps = token_logps(policy, collate(policy, items), rollouts.tokens, rollouts.mask)
     generator = torch.Generator().manual_seed(3)
-    old = logps + torch.randn(logps.shape, generator=generator) * roll.mask
+    old = logps + torch.randn(logps.shape, generator=generator) * rollouts.mask
     ratio = (logps - old).exp()
     assert (ratio > 3).any() and (ratio < 0.8).any()
-    loss, ours, norm = our_step(recorded, old, kl=0.04, dual_clip=dual_clip or 1e9)
+    loss, ours, norm = our_step(recorded, old, beta=0.04, dual_clip=dual_clip or 1e9)
     trainer, inputs = replay(recorded, tmp_path, beta=0.04, delta=dual_clip)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     given = trainer._generate_and_score_completions(inputs)
-    assert [row[row != 0].tolist() for row in given["prompt_ids"][::GROUP]] == [i.ids.tolist() for i in items]
+    assert [row[row != 0].tolist() for row in given["prompt_ids"][::GROUP]] == [
+        i.input_ids.tolist() for i in items
+    ]
     assert torch.tensor(trainer._logs["rewards"]["box_reward"]).view_as(rewards).allclose(rewards, atol=1e-6)
     assert given["advantages"].view_as(advantages).allclose(advantages, atol=1e-2)  # std + 1e-4, not 1e-6
     given |= {"advantages": advantages.flatten(), "old_per_token_logps": old.flatten(0, 1)}
@@ -213,7 +215,7 @@ class Grab(TrainerCallback):
 
 def test_a_whole_step_of_trl_has_our_gradient(recorded, tmp_path):
     """TRL's own loop from prompts to optimizer, with its own advantages, on the recorded answers."""
-    loss, ours, _ = our_step(recorded, None, kl=0.04, dual_clip=3.0)
+    loss, ours, _ = our_step(recorded, None, beta=0.04, dual_clip=3.0)
     (trainer, _), grab = replay(recorded, tmp_path, beta=0.04, delta=3.0, learning_rate=1e-5), Grab()
     trainer.add_callback(grab)
     trainer.train()

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from models import make_policy
 from policy import collate
-from prompts import FAMILIES, Tools, encode
+from prompts import FAMILIES, Processor, encode
 from tiny import architecture, scenes
 from tiny import build as tiny_build
 
@@ -28,16 +28,16 @@ def build(tmp_path):
     build.model.cpu()
     build.heads.cpu()
     rng = random.Random("examples")
-    build.examples, build.pictures = [], []
+    build.examples, build.images = [], []
     for _ in range(3):
         scene, image = tiny_build.random_scene(rng, 3, suppressed=0.0)
-        shown = [(scene, thing) for thing in rng.choices(scene.things, k=2)]
+        shown = [(scene, scene_object) for scene_object in rng.choices(scene.objects, k=2)]
         crops = [tiny_build.random_crop(rng, *pair) for pair in shown]
         with torch.no_grad():
-            tokens = tiny_build.look(build.model.model.visual, [image])[0]
-            crop_tokens = tiny_build.look(build.model.model.visual, crops)
+            tokens = tiny_build.compute_image_tokens(build.model.model.visual, [image])[0]
+            crop_tokens = tiny_build.compute_image_tokens(build.model.model.visual, crops)
         build.examples.append((scene, tokens, list(zip(shown, crop_tokens))))
-        build.pictures.append((image, crops))
+        build.images.append((image, crops))
     return build
 
 
@@ -72,11 +72,11 @@ def test_tags_words_and_digits_are_single_tokens(tokenizer):
 
 def test_look_is_image_processor_and_vision_tower(build):
     visual, processor = build.model.model.visual, architecture.build_image_processor()
-    for pictures in ([image for image, _ in build.pictures], build.pictures[0][1]):
+    for pictures in ([image for image, _ in build.images], build.images[0][1]):
         seen = processor(pictures, return_tensors="pt")
         with torch.no_grad():
             theirs = visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
-            ours = tiny_build.look(visual, pictures).flatten(0, 1)
+            ours = tiny_build.compute_image_tokens(visual, pictures).flatten(0, 1)
         assert (theirs - ours).abs().max() < 1e-5
 
 
@@ -94,27 +94,29 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, turns_of, monkeypatch):
     with build.model.register_forward_pre_hook(lambda *call: given.update(call[2]), with_kwargs=True):
         loss, _ = build.turns_loss(random.Random("turns"), *turns_of)
     assert {len(images) for *_, images in turns} == {1, 2}
-    tools = Tools(build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>")
-    policy = make_policy(build.model, tools, torch.device("cpu"))
+    processor = Processor(
+        build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>"
+    )
+    policy = make_policy(build.model, processor, torch.device("cpu"))
     total, count = 0.0, 0
     for i, (index, text, images) in enumerate(turns):
-        image, crops = build.pictures[index]
+        image, crops = build.images[index]
         shown = [id(tokens) for _, tokens in build.examples[index][2]]
         crop = crops[shown.index(id(images[1]))] if len(images) == 2 else None
         asked, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
-        item = encode(tools, asked.rpartition("<|vision_end|>")[2], image, crop=crop)
-        ids = torch.cat([item.ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
+        item = encode(processor, asked.rpartition("<|vision_end|>")[2], image, crop=crop)
+        ids = torch.cat([item.input_ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
         assert ids.tolist() == build.tokenizer(text).input_ids
-        P, T = len(item.ids), len(ids) - len(item.ids)
-        seen = {"pixel_values": torch.cat([p.pixels for p in item.pictures])}
-        seen |= {"image_grid_thw": torch.stack([p.grid for p in item.pictures])}
-        kinds = F.pad(item.kinds, (0, T))
+        P, T = len(item.input_ids), len(ids) - len(item.input_ids)
+        seen = {"pixel_values": torch.cat([p.pixel_values for p in item.images])}
+        seen |= {"image_grid_thw": torch.stack([p.grid_thw for p in item.images])}
+        kinds = F.pad(item.mm_token_type_ids, (0, T))
         logits = build.model(input_ids=ids[None], mm_token_type_ids=kinds[None], **seen).logits[0, P - 1 : -1]
         total += F.cross_entropy(logits, ids[P:], reduction="sum").item()
         count += T
         batch = collate(policy, [item])
-        after = (batch.start + torch.arange(T)).expand(3, -1)
-        places = torch.cat([batch.positions[:, 0], after], 1)  # [3, P + T]
+        after = (batch.completion_start + torch.arange(T)).expand(3, -1)
+        places = torch.cat([batch.position_ids[:, 0], after], 1)  # [3, P + T]
         if i % tiny_build.TURNS == 0:
             column = 0
         else:
@@ -127,12 +129,17 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, turns_of, monkeypatch):
 
 def test_of_two_centres_in_a_cell_the_nearer_counts(build, monkeypatch):
     """A box of the thing that loses its cell changes nothing but the picture, which is held fixed here."""
-    near, far = scenes.Thing("red", "star", (8, 8, 24, 24)), scenes.Thing("blue", "ring", (24, 24, 38, 38))
+    near, far = (
+        scenes.SceneObject("red", "star", (8, 8, 24, 24)),
+        scenes.SceneObject("blue", "ring", (24, 24, 38, 38)),
+    )
     image = scenes.render(scenes.Scene([near, far], (40, 40, 40)))
-    monkeypatch.setattr(tiny_build, "random_crop", lambda rng, scene, thing: image.crop((0, 0, 64, 64)))
+    monkeypatch.setattr(
+        tiny_build, "random_crop", lambda rng, scene, scene_object: image.crop((0, 0, 64, 64))
+    )
     losses = []
-    for things in ([near, far], [far, near], [near]):
-        scene = scenes.Scene(things, (40, 40, 40))
+    for objects in ([near, far], [far, near], [near]):
+        scene = scenes.Scene(objects, (40, 40, 40))
         monkeypatch.setattr(
             tiny_build, "random_scene", lambda rng, count, suppressed, scene=scene: (scene, image)
         )
@@ -146,7 +153,7 @@ def test_queries_start_as_copies_of_the_keys_once(build, monkeypatch):
     attention = build.model.model.language_model.layers[1].self_attn
     build.start_language()
     build.draw_examples((1, 1, 2))
-    assert len(build.examples) == 100 and {len(scene.things) for scene, *_ in build.examples} == {1, 2}
+    assert len(build.examples) == 100 and {len(scene.objects) for scene, *_ in build.examples} == {1, 2}
     assert [t.shape for t in (build.examples[0][1], build.examples[0][2][1][1])] == [(36, 128), (4, 128)]
     queries, keys = attention.q_proj.weight.view(4, 32, 128), attention.k_proj.weight.view(2, 32, 128)
     for head in range(4):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiny import scenes
-from tiny.scenes import COLORS, PLACES, SHAPES, SIDE, Scene, Thing
+from tiny.scenes import COLORS, PLACES, SHAPES, SIDE, Scene, SceneObject
 
 
 def layouts(count: int, seed: str, low: int = 1, high: int = 16):
@@ -17,11 +17,11 @@ def layouts(count: int, seed: str, low: int = 1, high: int = 16):
 
 def test_things_are_distinct_apart_and_inside():
     for scene in layouts(150, "apart"):
-        assert len({thing.name for thing in scene.things}) == len(scene.things)
-        for thing in scene.things:
-            x1, y1, x2, y2 = thing.box
+        assert len({scene_object.name for scene_object in scene.objects}) == len(scene.objects)
+        for scene_object in scene.objects:
+            x1, y1, x2, y2 = scene_object.box
             assert 0 <= x1 < x2 <= SIDE and 0 <= y1 < y2 <= SIDE and x2 - x1 == y2 - y1
-        for a, b in combinations(scene.things, 2):
+        for a, b in combinations(scene.objects, 2):
             across = max(a.box[0], b.box[0]) - min(a.box[2], b.box[2])
             down = max(a.box[1], b.box[1]) - min(a.box[3], b.box[3])
             assert max(across, down) >= scenes.GAP
@@ -29,11 +29,11 @@ def test_things_are_distinct_apart_and_inside():
 
 @pytest.mark.parametrize("count", [1, 8, 16])
 def test_a_layout_has_as_many_things_as_asked(count):
-    assert len(scenes.draw_layout(random.Random(count), count).things) == count
+    assert len(scenes.draw_layout(random.Random(count), count).objects) == count
 
 
 def test_most_things_are_tiny():
-    sides = [t.box[2] - t.box[0] for scene in layouts(300, "tiny") for t in scene.things]
+    sides = [t.box[2] - t.box[0] for scene in layouts(300, "tiny") for t in scene.objects]
     tiny = [side**2 / SIDE**2 < 0.01 for side in sides]
     assert abs(np.mean(tiny) - scenes.TINY_SHARE) < 3 * (0.21 / len(tiny)) ** 0.5
     assert all(is_tiny or 0.01 <= side**2 / SIDE**2 <= 0.05 for is_tiny, side in zip(tiny, sides))
@@ -46,25 +46,28 @@ def test_every_question_has_exactly_its_answer():
             kinds[question.kind] += 1
             words = question.text.rstrip("?").split()
             if question.text.startswith("What shape is the "):
-                (thing,) = [t for t in scene.things if t.color == words[4]]
-                answer = thing.shape
+                (scene_object,) = [t for t in scene.objects if t.color == words[4]]
+                answer = scene_object.shape
             elif question.text.startswith("What color is the "):
-                (thing,) = [t for t in scene.things if t.shape == words[4]]
-                answer = thing.color
+                (scene_object,) = [t for t in scene.objects if t.shape == words[4]]
+                answer = scene_object.color
             else:
                 assert question.text.startswith("Where is the ")
-                (thing,) = [t for t in scene.things if (t.color, t.shape) == tuple(words[3:])]
-                x, y = (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
+                (scene_object,) = [t for t in scene.objects if (t.color, t.shape) == tuple(words[3:])]
+                x, y = (
+                    (scene_object.box[0] + scene_object.box[2]) / 2,
+                    (scene_object.box[1] + scene_object.box[3]) / 2,
+                )
                 assert abs(x - SIDE / 2) >= 8 and abs(y - SIDE / 2) >= 8
                 answer = ("top " if y < SIDE / 2 else "bottom ") + ("left" if x < SIDE / 2 else "right")
             assert question.answer == answer
-            assert (question.name, question.box) == (thing.name, thing.box)
+            assert (question.name, question.box) == (scene_object.name, scene_object.box)
     assert kinds["attribute"] > 200 and kinds["place"] > 200
 
 
 def test_no_question_is_missing():
-    a, b, c = (Thing("red", "star", (0, 0, 16, 16)), Thing("red", "ring", (90, 0, 106, 16)),
-               Thing("blue", "ring", (100, 100, 142, 142)))  # fmt: skip
+    a, b, c = (SceneObject("red", "star", (0, 0, 16, 16)), SceneObject("red", "ring", (90, 0, 106, 16)),
+               SceneObject("blue", "ring", (100, 100, 142, 142)))  # fmt: skip
     asked = {(q.text, q.answer) for q in scenes.questions(Scene([a, b, c], (0, 0, 0)))}
     assert asked == {
         ("What color is the star?", "red"),
@@ -88,12 +91,12 @@ def test_places_are_balanced():
 
 
 def test_colours_and_shapes_are_balanced():
-    things = [t for scene in layouts(400, "kinds") for t in scene.things]
+    objects = [t for scene in layouts(400, "kinds") for t in scene.objects]
     for names, got in (
-        (COLORS, Counter(t.color for t in things)),
-        (SHAPES, Counter(t.shape for t in things)),
+        (COLORS, Counter(t.color for t in objects)),
+        (SHAPES, Counter(t.shape for t in objects)),
     ):
-        assert min(got[name] for name in names) > 0.8 * len(things) / len(names)
+        assert min(got[name] for name in names) > 0.8 * len(objects) / len(names)
 
 
 def test_a_seed_gives_one_picture():
@@ -108,8 +111,8 @@ def test_a_seed_gives_one_picture():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("color", COLORS)
 def test_a_thing_is_painted_inside_its_box_in_its_colour(color, shape):
-    thing = Thing(color, shape, (40, 60, 56, 76))
-    picture = np.asarray(scenes.render(Scene([thing], (20, 30, 40)))).astype(int)
+    scene_object = SceneObject(color, shape, (40, 60, 56, 76))
+    picture = np.asarray(scenes.render(Scene([scene_object], (20, 30, 40)))).astype(int)
     assert picture.shape == (SIDE, SIDE, 3)
     changed = (picture != (20, 30, 40)).any(-1)
     assert changed[60:76, 40:56].sum() == changed.sum() > 0.2 * 16 * 16
@@ -143,10 +146,12 @@ def test_keep_only_is_black_outside_and_equal_inside(box):
 def test_alone_in_its_cells_against_brute_force():
     seen = Counter()
     for scene in layouts(60, "alone", 4, 16):
-        for thing in scene.things:
-            mine = cells_of(thing.box)
-            alone = not any(mine & cells_of(other.box) for other in scene.things if other is not thing)
-            assert scenes.alone_in_its_cells(scene, thing.box) == alone
+        for scene_object in scene.objects:
+            mine = cells_of(scene_object.box)
+            alone = not any(
+                mine & cells_of(other.box) for other in scene.objects if other is not scene_object
+            )
+            assert scenes.alone_in_its_cells(scene, scene_object.box) == alone
             seen[alone] += 1
     assert min(seen[True], seen[False]) > 20
 

@@ -34,7 +34,7 @@ def test_one_dimensional_positions(kind, monkeypatch):
     def flat(ids, mm_token_type_ids, image_grid_thw, attention_mask):
         return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), None
 
-    monkeypatch.setattr(policy.whole.model, "get_rope_index", flat)
+    monkeypatch.setattr(policy.base_model.model, "get_rope_index", flat)
     with pytest.raises(UserError, match="one-dimensional"):
         check(policy)
 
@@ -42,8 +42,8 @@ def test_one_dimensional_positions(kind, monkeypatch):
 def test_a_mask_that_lets_answers_see_each_other(monkeypatch):
     policy, right = fresh(), policy_module.group_mask
 
-    def leaky(segments: torch.Tensor, queries: int | None = None) -> torch.Tensor:
-        return right(segments.clamp(max=0), queries)
+    def leaky(segment_ids: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        return right(segment_ids.clamp(max=0), queries)
 
     monkeypatch.setattr(policy_module, "group_mask", leaky)
     with pytest.raises(UserError, match="disagree|without its group"):
@@ -53,8 +53,8 @@ def test_a_mask_that_lets_answers_see_each_other(monkeypatch):
 def test_a_mask_that_is_wrong_in_training_alone(monkeypatch):
     policy, right = fresh(), policy_module.group_mask
 
-    def leaky(segments: torch.Tensor, queries: int) -> torch.Tensor:
-        return right(segments if queries < segments.shape[1] else segments.clamp(max=0), queries)
+    def leaky(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
+        return right(segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries)
 
     monkeypatch.setattr(policy_module, "group_mask", leaky)
     with pytest.raises(UserError, match="disagree|without its group"):
@@ -63,7 +63,7 @@ def test_a_mask_that_is_wrong_in_training_alone(monkeypatch):
 
 def test_an_image_token_that_can_be_sampled():
     policy = fresh()
-    policy.forbidden = torch.zeros_like(policy.forbidden)
+    policy.logit_bias = torch.zeros_like(policy.logit_bias)
     with pytest.raises(UserError, match="image tokens could be sampled"):
         check(policy)
 
@@ -72,7 +72,7 @@ def test_a_sampled_image_token_breaks_the_pass_that_the_check_protects():
     """Why the tokens are forbidden: an answer with one has more placeholders than features."""
     policy = fresh()
     batch = collate(policy, prompts(policy, 1))
-    tokens = torch.full((1, 1, 2), policy.whole.config.image_token_id)
+    tokens = torch.full((1, 1, 2), policy.base_model.config.image_token_id)
     with pytest.raises((ValueError, RuntimeError)):
         token_logps(policy, batch, tokens, torch.ones(1, 1, 2, dtype=torch.bool))
 
@@ -101,7 +101,7 @@ def test_half_precision_adapters_would_not_move():
 
 def test_eager_attention():
     policy = fresh()
-    policy.whole.set_attn_implementation("eager")
+    policy.base_model.set_attn_implementation("eager")
     with pytest.raises(UserError, match="sdpa"):
         check(policy)
 
@@ -111,10 +111,10 @@ def test_eager_attention_adds_our_mask_instead_of_applying_it():
     policy = fresh()
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 2))
-    roll = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
-    right = token_logps(policy, batch, roll.tokens, roll.mask)
-    policy.whole.set_attn_implementation("eager")
-    assert not torch.allclose(token_logps(policy, batch, roll.tokens, roll.mask), right, atol=1e-2)
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    right = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
+    policy.base_model.set_attn_implementation("eager")
+    assert not torch.allclose(token_logps(policy, batch, rollouts.tokens, rollouts.mask), right, atol=1e-2)
 
 
 def test_weights_that_pass_no_gradient_after_a_rollout():
@@ -131,7 +131,7 @@ def test_weights_that_pass_no_gradient_after_a_rollout():
             self.repacked = self.repacked or not torch.is_grad_enabled()
             return self.inner(x.detach() if self.repacked else x)
 
-    for layer in policy.whole.model.language_model.layers:
+    for layer in policy.base_model.model.language_model.layers:
         for name in ("gate_proj", "up_proj"):
             adapted = getattr(layer.mlp, name)
             adapted.base_layer = Repacking(adapted.base_layer)
@@ -150,8 +150,8 @@ def test_an_adapter_that_has_been_trained_is_no_fresh_one():
 
 def test_a_rollout_that_never_varies():
     policy = fresh()
-    policy.forbidden[:] = -torch.inf
-    policy.forbidden[50] = 0
+    policy.logit_bias[:] = -torch.inf
+    policy.logit_bias[50] = 0
     with pytest.raises(UserError, match="same"):
         check(policy)
 
@@ -162,6 +162,6 @@ def test_stale_rope_deltas_change_nothing():
     torch.manual_seed(0)
     items = prompts(policy, 2)
     batch = collate(policy, items)
-    roll = rollout(policy, batch, 2, 8)
-    policy.whole.model.rope_deltas = torch.tensor([[1000], [-7]])
-    assert torch.equal(rollout(policy, collate(policy, items), 2, 8).tokens, roll.tokens)
+    rollouts = rollout(policy, batch, 2, 8)
+    policy.base_model.model.rope_deltas = torch.tensor([[1000], [-7]])
+    assert torch.equal(rollout(policy, collate(policy, items), 2, 8).tokens, rollouts.tokens)

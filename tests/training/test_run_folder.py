@@ -19,7 +19,7 @@ from evaluation import heldout, reply_cache
 from training import checks, run_folder
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--steps", 20, "--prompts", 4, "--group", 4, "--max-new-tokens", 16, "--eval-cues", 6]
+SMALL = ["--steps", 20, "--prompts", 4, "--num-generations", 4, "--max-new-tokens", 16, "--eval-cues", 6]
 SMALL = [str(word) for word in (*SMALL, "--save-every", 4, "--show-every", 0)]
 
 
@@ -108,20 +108,22 @@ def test_ten_and_ten_steps_are_twenty(begun, whole):
 
 def test_memory_flags_may_change_when_a_run_goes_on(begun, monkeypatch, capsys):
     """As an out-of-memory error advises; anything else still refuses."""
-    code, said = in_process(monkeypatch, capsys, "--resume", begun, "--micro-batch", 1, "--recompute")
+    code, said = in_process(
+        monkeypatch, capsys, "--resume", begun, "--micro-batch", 1, "--gradient-checkpointing"
+    )
     assert code == 0, said
     assert len(metrics(begun)) == 20 and (begun / "results.json").exists()
 
 
 def test_the_base_is_not_asked_again(begun, monkeypatch, capsys):
-    asked, usual = [], reply_cache.answers
+    asked, usual = [], reply_cache.generate_replies
 
     def counted(policy, items, *ways):
         items = list(items)
         asked.append(len(items))
         return usual(policy, items, *ways)
 
-    monkeypatch.setattr(reply_cache, "answers", counted)
+    monkeypatch.setattr(reply_cache, "generate_replies", counted)
     code, said = in_process(monkeypatch, capsys, "--resume", begun)
     assert code == 0, said
     assert sum(asked) == 6 + 6 + 12 + 12, "cue search, finding, questions, and these suppressed, once"
@@ -185,7 +187,7 @@ def test_without_a_checkpoint_it_starts_at_step_0(begun, monkeypatch, capsys, wh
     [
         (lambda run: None, ["--lr", "0.5"], ["lr", "0.0007", "0.5"]),
         (lambda run: None, ["--steps", "30"], ["steps", "20", "30"]),
-        (lambda run: edit(run / "config.json", kl=0.5), [], ["step-000010", "kl", "0.04", "0.5"]),
+        (lambda run: edit(run / "config.json", beta=0.5), [], ["step-000010", "beta", "0.04", "0.5"]),
         (lambda run: edit(run / "config.json", weights="12345678"), [], ["weights", "12345678"]),
         (lambda run: (run / "config.json").unlink(), [], ["config.json"]),
         (lambda run: edit(run / "config.json", steps="twenty"), [], ["--steps", "twenty"]),
@@ -233,7 +235,7 @@ def test_changed_data_refuse(tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes_do_not_share_a_run(begun, monkeypatch, capsys):
-    with run_folder.at_work(begun):
+    with run_folder.lock_run_folder(begun):
         code, said = in_process(monkeypatch, capsys, "--resume", begun)
     assert code == 2 and "at work" in said
 
@@ -320,31 +322,31 @@ def test_steps_that_are_not_finite_change_nothing_and_five_end_the_run(what, beg
     assert said.count("was not finite") == 5
 
 
-FINE = {"skipped": 0.0, "truncated": 0.0, "kl": 0.1, "zero_variance": 0.2}
+FINE = {"skipped": 0.0, "completions/clipped_ratio": 0.0, "kl": 0.1, "frac_reward_zero_std": 0.2}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"skipped": 1.0}, "not finite"),
-        ({"truncated": 0.5}, "--max-new-tokens"),
+        ({"completions/clipped_ratio": 0.5}, "--max-new-tokens"),
         ({"kl": 1.2}, "--kl-limit 1"),
     ],
 )
 def test_what_goes_wrong_is_said_when_it_begins(change, words):
-    assert checks.watch([FINE, FINE], 1.0) == []
-    (said,) = checks.watch([FINE, FINE | change], 1.0)
+    assert checks.step_warnings([FINE, FINE], 1.0) == []
+    (said,) = checks.step_warnings([FINE, FINE | change], 1.0)
     assert words in said
-    assert checks.watch([FINE | change], 1.0) == [said], "in the first step too"
+    assert checks.step_warnings([FINE | change], 1.0) == [said], "in the first step too"
     if "skipped" not in change:
-        assert checks.watch([FINE | change, FINE | change], 1.0) == [], "not at every step"
+        assert checks.step_warnings([FINE | change, FINE | change], 1.0) == [], "not at every step"
 
 
 def test_groups_that_teach_nothing_for_twenty_steps_are_said_with_the_likely_causes():
-    still = FINE | {"zero_variance": 1.0}
-    said = [len(checks.watch([FINE] + [still] * n, 1.0)) for n in range(41)]
+    still = FINE | {"frac_reward_zero_std": 1.0}
+    said = [len(checks.step_warnings([FINE] + [still] * n, 1.0)) for n in range(41)]
     assert said == [n in (20, 40) for n in range(41)]
-    (warning,) = checks.watch([still] * 20, 1.0)
+    (warning,) = checks.step_warnings([still] * 20, 1.0)
     assert all(word in warning for word in ("--box-frame", "format", "--max-new-tokens"))
 
 
