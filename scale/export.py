@@ -1,16 +1,15 @@
-"""The loop's cues as files for engines that scale: `python -m scale.export DIR --format easyr1|trl`.
+"""The training loop's cues as files for engines that scale: `python -m scale.export DIR --format easyr1|trl`.
 
-DIR/train.jsonl           a row a cue, in the order in which the loop draws them
-DIR/train.settings.json   what the rows were drawn from, and the pixel limits that their boxes are for
-DIR/images                one link to the folder of the full images; of scenes, a folder of files
-DIR/crops, DIR/turned     crops; full images that engines would not show as they are meant
-DIR/format.jinja          EasyR1's format prompt: the instruction to think
+DIR/train.jsonl           one row per cue, in the order in which the loop draws them
+DIR/train.settings.json   the settings of the export, and the pixel limits that its boxes are valid for
+DIR/images                a link to the folder of the full images; for scenes, a folder of files
+DIR/crops, DIR/turned     crops; full images that an engine would not show as the loop does
+DIR/format.jinja          the format prompt for EasyR1: the instruction to think
 """
 
 import json
 import math
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,32 @@ from data import Cue, CueConfig, cue_flags, open_cues
 from files.disk import file_stats, fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from models import read_family
-from prompts import FAMILIES, PROMPTS, BoxFrame, Family, box_frame, opening, prompt_text
+from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, opening, prompt_text
 from training.run_folder import lock_run_folder, require_same_settings
 
-EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels of its examples, and of easyr1.yaml
-QWEN = {  # of a frame without a model: family, cell, the limits that its processors are published with
-    "resized": ("qwen2_5_vl", 28, (56**2, 3584**2)),
-    "relative1000": ("qwen3_vl", 32, (256**2, 4096**2)),
-}
-ORIENTATION = 0x0112  # the EXIF tag that says how to turn an image
+EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels in its examples and in easyr1.yaml
+# For --frame without --model: family, cell, and the pixel limits of the published processors.
+QWEN = {"resized": (QWEN2_5, 28, (56**2, 3584**2)), "relative1000": (QWEN3, 32, (256**2, 4096**2))}
+FAMILY_SETTINGS = ("box_frame", "template", "crop_pixels", "opening")  # what rows take from the family
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a picture goes through before the model's boxes refer to it."""
+    """The engine and model that an export is for, and so how they resize an image."""
 
     engine: str  # easyr1 | trl
     family: Family
-    cell: int  # pixels a side of an image token; the processor makes sizes multiples of it
-    own: tuple[int, int]  # least and most pixels by the processor's own settings
-    pixels: tuple[int, int]  # least and most pixels that the engine asks for
+    cell: int  # side of an image token in pixels; the processor rounds sizes to multiples of it
+    own: tuple[int, int]  # least and most pixels in the processor's own settings
+    pixels: tuple[int, int]  # least and most pixels in the engine's settings
 
     def frame(self, width: int, height: int) -> BoxFrame:
         """The box frame of a full image of width × height as this engine shows it to the model.
 
-        EasyR1 resizes twice: first by its own rule to its own limits, then the processor to multiples of
-        its cell within the processor's limits. In TRL the processor is alone, with the limits of the export
-        (train_trl.py sets them). An image ends at whatever size the last step gives, and boxes in resized
-        pixels refer to that; boxes relative to 1,000 do not depend on it.
+        EasyR1 resizes twice: by its own rule to its own limits, and then the processor resizes to multiples
+        of its cell within the processor's limits. In TRL only the processor resizes, with the limits of the
+        export (train_trl.py sets them). Boxes in resized pixels refer to the size after the last step; boxes
+        relative to 1,000 do not depend on it.
         """
         size, limits = (width, height), self.pixels
         if self.engine == "easyr1":
@@ -58,199 +55,171 @@ class Target:
         try:
             rows, columns = smart_resize(size[1], size[0], self.cell, *limits)
         except ValueError:
-            raise UserError(
-                f"An image of {width} × {height} is too narrow for EasyR1: leave it out."
-            ) from None
+            raise UserError(f"An image of {width} × {height} is too narrow for EasyR1: remove it.") from None
         return box_frame(self.family.box_frame, width, height, (1, rows, columns), 1)
 
     def crop(self, cue: Cue) -> Image.Image:
-        """A cue's crop: for EasyR1 as it is; for TRL, whose limits are the full image's, as the loop's."""
+        """The crop of a cue. TRL has one pair of limits, the full image's, so the loop's are applied here."""
         crop = cue.crop
-        if self.engine == "trl":
-            rows, columns = smart_resize(crop.height, crop.width, self.cell, *self.family.crop_pixels)
-            crop = crop.resize((columns, rows), Image.Resampling.BICUBIC)
-        return crop
+        if self.engine == "easyr1":
+            return crop
+        rows, columns = smart_resize(crop.height, crop.width, self.cell, *self.family.crop_pixels)
+        return crop.resize((columns, rows), Image.Resampling.BICUBIC)
 
 
 def easyr1_size(width: int, height: int, low: int, high: int) -> tuple[int, int]:
-    """What EasyR1 makes of an image before the processor sees it: at most `high` pixels, at least `low`."""
-    for beyond, limit in ((int.__gt__, high), (int.__lt__, low)):
-        if beyond(width * height, limit):
-            factor = math.sqrt(limit / (width * height))
-            width, height = int(width * factor), int(height * factor)
+    """The size that EasyR1 resizes an image to before the processor sees it: `low` to `high` pixels."""
+    for bound, limit in ((min, high), (max, low)):
+        pixels = width * height
+        factor = math.sqrt(bound(pixels, limit) / pixels)  # 1 within the limit
+        width, height = int(width * factor), int(height * factor)
     return width, height
 
 
 def find_target(engine: str, model: str | None, frame: str | None, pixels: list[int] | None) -> Target:
-    """The target of a model folder or hub id; without one, of tiny, or of the Qwen family with that frame."""
-    if model is None and frame is not None:
-        kind, cell, own = QWEN[frame]
-        family = FAMILIES[kind]
-    else:
-        family, cell, own = read_model(model or "tiny", frame)
-    limits = tuple(pixels or (EASYR1_PIXELS if engine == "easyr1" else family.image_pixels))
-    if not 0 < limits[0] <= limits[1]:
-        raise UserError(f"--pixels {limits[0]} {limits[1]} leaves no size: give the least, then the most.")
-    return Target(engine, family, cell, own, limits)
+    """The target for a model folder or hub id; without one, for tiny or the Qwen family with that frame."""
+    family, cell, own = QWEN[frame] if frame and model is None else read_model(model or "tiny", frame)
+    low, high = pixels or (EASYR1_PIXELS if engine == "easyr1" else family.image_pixels)
+    if not 0 < low <= high:
+        raise UserError(f"--pixels {low} {high} is no range: give the least, then the most.")
+    return Target(engine, family, cell, own, (low, high))
 
 
 def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, int]]:
-    """Family, cell and pixel limits from a model's small files alone; its weights are not opened."""
+    """The family, cell and pixel limits of a model, read from its small files without its weights."""
     _, family = read_family(name, frame)
     folder, safe = model_folder(name), dict(trust_remote_code=False)
     try:
         processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
-        begun = opening(hf.AutoTokenizer.from_pretrained(folder, **safe))
+        prefix = opening(hf.AutoTokenizer.from_pretrained(folder, **safe))
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     own = processor.size["shortest_edge"], processor.size["longest_edge"]
-    return replace(family, opening=begun), processor.patch_size * processor.merge_size, own
+    return replace(family, opening=prefix), processor.patch_size * processor.merge_size, own
 
 
 # ---------------------------------------------------------------- rows
 
 
-def shown_as_meant(path: Path, name: str) -> bool:
-    """Do all engines open the file as the loop? Not if it asks to be turned, has 16 bits or an odd name."""
+def needs_no_copy(path: Path, name: str) -> bool:
+    """Whether every engine shows the file as the loop does: no EXIF turn, no 16 bits, a printable name."""
     with Image.open(path) as image:
-        turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
         return not turned and image.mode[0] not in "IF" and name.isprintable()
 
 
 def make_row(target: Target, cue: Cue, source: str, images: list[str]) -> dict[str, Any]:
-    """A cue as the engine's row; `images` are the full image's path and the crop's, if there is one."""
-    task, text = ("text", {"text": cue.text}) if source == "text" else ("cue", {})
-    words, frame = partial(prompt_text, target.family, task, **text), target.frame(*cue.image.size)
+    """A cue as a row for the engine; `images` are the paths of the full image and of the crop, if any."""
+    task, think = "text" if source == "text" else "cue", target.engine == "trl"
+    text = prompt_text(target.family, task, think, text=cue.text)
+    frame = target.frame(*cue.image.size)
     if target.engine == "easyr1":
-        problem = words(think=False).replace("<image>", "image")  # each tag takes an image from the list
-        return {
-            "problem": "<image>" * len(images) + problem,
-            "images": images,
-            "answer": frame.to_text(cue.box),
-        }
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": words()}]
-    row = {"prompt": [{"role": "user", "content": content}], "images": images}
-    row |= {"box": [round(v, 6) for v in frame.to_units(cue.box)], "frame": list(astuple(frame))}
-    return row | {"opening": target.family.opening}
+        # EasyR1 replaces every <image> by the next image of the list, so a description must not contain one.
+        problem = "<image>" * len(images) + text.replace("<image>", "image")
+        return {"problem": problem, "images": images, "answer": frame.to_text(cue.box)}
+    turn = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
+    row = {"prompt": [turn], "images": images, "box": [round(v, 6) for v in frame.to_units(cue.box)]}
+    return row | {"frame": list(astuple(frame)), "opening": target.family.opening}
 
 
-def image_folder(out: Path, source: Path | None) -> None:
-    """DIR/images: a link to the folder of the images, or of scenes a folder to write them in."""
-    link = out / "images"
-    if source is None:
-        link.mkdir(exist_ok=True)
-    elif not link.is_symlink() and not link.exists():
-        link.symlink_to(source.resolve(), target_is_directory=True)
-    elif link.resolve() != source.resolve():
-        raise UserError(f"{link} leads elsewhere than {source}: give another DIR.")
+def link_images(out: Path, folder: Path | None) -> None:
+    """Makes DIR/images a link to the folder of the images; UserError if it is something else already.
+
+    Scenes need a folder, not a link: their images would be written among somebody's photos.
+    """
+    link, target = out / "images", folder.resolve() if folder else out.resolve() / "images"
+    if folder and not link.is_symlink() and not link.exists():
+        link.symlink_to(target, target_is_directory=True)
+    if link.resolve() != target:
+        raise UserError(f"{link} leads to {link.resolve()}, not to {target}: give another DIR.")
 
 
-def save(image: Image.Image, out: Path, folder: str, number: str) -> str:
-    """Writes an image below DIR and gives its path there."""
-    (out / folder).mkdir(exist_ok=True)
-    image.save(out / folder / f"{number}.png")
-    return f"{folder}/{number}.png"
+def save(image: Image.Image, out: Path, name: str) -> str:
+    """Writes an image to `name` in DIR, and returns the name."""
+    (out / name).parent.mkdir(exist_ok=True)
+    image.save(out / name)
+    return name
 
 
-def write_full(out: Path, number: str, cue: Cue, source: Path | None) -> str:
-    """The path, below DIR, of a cue's full image, which is written only where no file of `source` will do."""
-    if source is None:
-        return save(cue.image, out, "images", number)
-    if shown_as_meant(source / cue.name, cue.name):
+def save_full(cue: Cue, out: Path, name: str, folder: Path | None) -> str:
+    """The path of a full image in DIR, which is written only where no file in `folder` will do."""
+    if folder and needs_no_copy(folder / cue.name, cue.name):
         return f"images/{cue.name}"
-    return save(cue.image, out, "turned", number)
+    return save(cue.image, out, f"turned/{name}" if folder else f"images/{name}")
 
 
-def whole_rows(path: Path) -> int:
-    """How many rows a file holds; what an interruption left of one more is cut off."""
-    rows = whole = 0
-    with path.open("a+b") as file:
-        file.seek(0)
-        for line in file:
-            if line.endswith(b"\n"):
-                rows, whole = rows + 1, whole + len(line)
-        file.truncate(whole)
-    return rows
-
-
-def begin(out: Path, split: str, settings: dict[str, Any]) -> None:
-    """The settings of an export in its folder, or UserError where it was begun with others."""
-    path, settings = out / f"{split}.settings.json", json.loads(json.dumps(settings, default=str))
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of an export, or UserError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        require_same_settings(path, found, settings)
-    except FileNotFoundError:
-        if (out / f"{split}.jsonl").exists():
-            raise UserError(f"{out} holds a {split}.jsonl of something else: give another DIR.") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} is missing or damaged: run python -m scale.export with a new DIR.") from None
+
+
+def check_settings(path: Path, settings: dict[str, Any], rows: Path) -> None:
+    """Writes the settings of a new export; UserError if the folder holds something else."""
+    if not path.exists() and not rows.exists():
         write_json(path, settings)
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged: delete {out}, or give another DIR.") from None
+    # JSON turns tuples into lists and paths into text, so only what went through it can be compared.
+    require_same_settings(path, read_settings(path), json.loads(json.dumps(settings, default=str)))
 
 
-def export_cues(
-    cfg: CueConfig, out: Path, format: str, split: str, limit: int, data: str, seed: int, **flags: Any
-) -> None:
-    """Rows up to `limit` into `out`, as many as are missing; UserError for wrong use and where writing fails.
+def export_cues(out: Path, format: str, split: str, limit: int, data: str, seed: int, **flags: Any) -> None:
+    """Writes the rows up to `limit` that are missing in `out`; UserError for wrong use.
 
-    flags: model, frame and pixels as in find_target; annotations, images, exclude and expressions of COCO.
+    flags: source and tiny_ratio of CueConfig; model, frame and pixels as in find_target; annotations, images,
+    exclude and expressions of COCO.
     """
     if limit < 1:
         raise UserError(f"--limit {limit} leaves nothing to export: give 1 or more.")
-    target = find_target(format, *(flags.pop(name) for name in ("model", "frame", "pixels")))
-    source = flags["images"] if data == "coco" else None if data == "scenes" else Path(data)
-    if source is not None and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies among the images of {source}: give a DIR outside.")
+    cfg = CueConfig(flags.pop("source"), flags.pop("tiny_ratio"))
+    target = find_target(format, flags.pop("model"), flags.pop("frame"), flags.pop("pixels"))
+    folder = {"coco": flags["images"], "scenes": None}.get(data, Path(data))
+    if folder and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out} is inside {folder}, the folder of the images: give a DIR outside.")
     cues = open_cues(data, split, seed, cfg, **flags)
-    paths = [path for path in (*flags.values(), source) if path is not None]
-    family = {
-        name: getattr(target.family, name) for name in ("box_frame", "template", "crop_pixels", "opening")
-    }
-    settings = {"data": data, "seed": seed} | asdict(cfg) | asdict(replace(target, family=None)) | family
+    settings = {"data": data, "seed": seed} | asdict(cfg) | asdict(replace(target, family=None))
+    settings |= {name: getattr(target.family, name) for name in FAMILY_SETTINGS}
     settings |= {name: path and path.resolve() for name, path in flags.items()}
-    settings |= {f"{path.resolve()} as of": fingerprint(file_stats(path)) for path in paths}
-    rows = out / f"{split}.jsonl"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with lock_run_folder(out):
-            begin(out, split, settings)
-            image_folder(out, source)
-            if format == "easyr1":
-                think = "{{ content | trim }}" + PROMPTS[target.family.template]["think"]
-                (out / "format.jinja").write_text(f"{think}\n", encoding="utf-8")
-            done = whole_rows(rows)
-            with rows.open("a", encoding="utf-8") as file, tqdm(total=limit, initial=min(done, limit)) as bar:
-                for i in range(done, limit):
-                    number, cue = f"{split}-{i:06}", cues[i]
-                    images = [write_full(out, number, cue, source)]
-                    if cfg.source != "text":
-                        images.append(save(target.crop(cue), out, "crops", number))
-                    file.write(json.dumps(make_row(target, cue, cfg.source, images)) + "\n")
-                    file.flush()
-                    bar.update()
-    except OSError as error:
-        why = f"{error.filename or out} cannot be written ({error.strerror or error})"
-        raise UserError(f"{why}: make room or allow it, then give the same command again.") from None
+    for path in filter(None, (*flags.values(), folder)):
+        settings[f"{path.resolve()} as of"] = fingerprint(file_stats(path))
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_run_folder(out):
+        check_settings(out / f"{split}.settings.json", settings, out / f"{split}.jsonl")
+        link_images(out, folder)
+        if format == "easyr1":
+            think = PROMPTS[target.family.template]["think"]
+            (out / "format.jinja").write_text("{{ content | trim }}" + think + "\n", encoding="utf-8")
+        with (out / f"{split}.jsonl").open("a+b") as rows:
+            rows.seek(0)
+            lengths = [len(line) for line in rows if line.endswith(b"\n")]
+            rows.truncate(sum(lengths))  # an interruption can leave part of a row
+            done = len(lengths)
+            for i in tqdm(range(done, limit), initial=min(done, limit), total=limit):
+                cue, name = cues[i], f"{split}-{i:06}.png"
+                images = [save_full(cue, out, name, folder)]
+                if cfg.source != "text":
+                    images.append(save(target.crop(cue), out, f"crops/{name}"))
+                rows.write(json.dumps(make_row(target, cue, cfg.source, images)).encode() + b"\n")
+                rows.flush()
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
-    print(f"{rows} is complete: {max(done, limit):,} cues.")
+    print(f"{rows.name} is complete: {max(done, limit):,} cues.")
 
 
 def main() -> None:
     parser = FlagParser(description=__doc__, parents=[cue_flags()])
-    parser.add_argument("out", type=Path, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder of a new export, or of one to continue")
     parser.add_argument("--format", choices=("easyr1", "trl"), required=True)
     parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
     parser.add_argument("--images", type=Path, help="of COCO")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--limit", type=int, default=99_500, help="how many cues (default: the paper's)")
-    parser.add_argument("--model", help="whose prompt and box frame; default tiny, or Qwen's of --frame")
-    parser.add_argument("--frame", "--box-frame", choices=("resized", "relative1000"), help="of the boxes")
-    pixels = "least and most pixels of an image in the engine; default EasyR1's, or in TRL the loop's"
-    parser.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help=pixels)
-    args = vars(parser.parse_args())
-    cfg = CueConfig(args.pop("source"), args.pop("tiny_ratio"))
-    with exit_on_error():
-        export_cues(cfg, **args)
+    parser.add_argument("--limit", type=int, default=99_500, help="number of cues; paper: 99500")
+    parser.add_argument("--model", help="for its prompt and boxes; default tiny, or Qwen if --frame is given")
+    parser.add_argument("--frame", "--box-frame", choices=("resized", "relative1000"), help="box coordinates")
+    parser.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help="limits of the engine")
+    with exit_on_error("free space or change its permissions, then repeat the command"):
+        export_cues(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

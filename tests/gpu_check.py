@@ -355,12 +355,12 @@ def one_step(way: str, folder: Path) -> None:
         rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")
         ways = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
         ways |= dict(per_device_train_batch_size=cfg.num_generations, gradient_accumulation_steps=cfg.prompts)
-        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.beta, delta=3.0)
+        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.beta)
         ways |= dict(generation_kwargs={"min_new_tokens": cfg.max_new_tokens})
         trainer, clock = make_trainer(policy, cfg.lora_rank, rows, str(folder / "trl"), **ways), Clock()
         trainer.add_callback(clock)
         trainer.train()
-        seconds = clock.seconds[-1]
+        seconds = clock.times[1][0] - clock.times[0][0]
     print(f"{way:6}{seconds:8.1f} s a step, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
 
 

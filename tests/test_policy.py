@@ -278,9 +278,7 @@ def test_heads_that_share_keys_ask_as_one_and_get_the_usual_answer(share, monkey
     assert torch.equal(
         policy_module.grouped_query_attention(module, query, key, value, mask, scaling=0.3)[0], ours
     )
-    other, _ = policy_module.grouped_query_attention(
-        module, query, key, value, mask.rollouts(1, -1), scaling=0.3
-    )
+    other, _ = policy_module.grouped_query_attention(module, query, key, value, mask.roll(1, -1), scaling=0.3)
     assert not torch.allclose(other, usual, atol=1e-2), "the mask does nothing"
 
 

@@ -122,7 +122,8 @@ def test_photos_are_opened_when_they_are_asked_about(policy, tmp_path):
 
 
 def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_evidence(policy, monkeypatch):
-    monkeypatch.setattr(heldout, "compute_image_features", lambda policy, items: None)  # which would let go of the pixels
+    # compute_image_features would let go of the pixels
+    monkeypatch.setattr(heldout, "compute_image_features", lambda policy, prompts: None)
     cues = scene_cues(CueConfig(), "heldout", 0)
     held, again = build_heldout_set(policy, cues, 4), build_heldout_set(policy, cues, 4)
     assert [q.text for _, q in held.scene_questions] == [q.text for _, q in again.scene_questions]

@@ -55,30 +55,30 @@ def test_easyr1_loads_the_reward_by_its_path():
 def test_the_opening_that_the_template_wrote_counts():
     box, rest = "[10, 20, 50, 80]", GOOD.removeprefix("<think>")
     given = [{"response": rest, "response_length": 9, "ground_truth": box}]
-    assert [compute_score(given, opening=begun)[0]["format"] for begun in ("", "<think>\n")] == [0, 1]
+    assert [compute_score(given, opening=start)[0]["format"] for start in ("", "<think>\n")] == [0, 1]
     assert box_reward([rest, rest], [box, box], opening=["", "<think>\n"]) == pytest.approx([0.9, 1])
 
 
 def test_trl_gets_a_reward_for_plain_and_for_conversational_completions():
-    said = [GOOD, "nothing", "<answer>[0, 0, 5, 5]</answer>"]
+    plain = [GOOD, "nothing", "<answer>[0, 0, 5, 5]</answer>"]
     boxes = [[10.0, 20.0, 50.0, 60.0], [0, 0, 5, 5], [0, 0, 5.25, 5]]
-    talked = [[{"role": "assistant", "content": text}] for text in said]
-    in_parts = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in said]
-    expected = [reward(text, tuple(box)).total for text, box in zip(said, boxes)]
+    conversational = [[{"role": "assistant", "content": text}] for text in plain]
+    in_parts = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in plain]
+    expected = [reward(text, tuple(box)).total for text, box in zip(plain, boxes)]
     columns = {"box": boxes, "frame": [[1, 1, 1, 1]] * 3, "prompts": ["x"] * 3, "trainer_state": None}
-    for completions in (said, talked, in_parts):
+    for completions in (plain, conversational, in_parts):
         assert box_reward(completions=completions, **columns) == expected
     assert expected[0] == pytest.approx(0.7) and expected[1] == 0
 
 
 @pytest.mark.parametrize(
-    "answer", [None, "", 7, [], {}, [None], [{}], [{"content": None}], "[" * 10**5, "\ud800"]
+    "completion", [None, "", 7, [], {}, [None], [{}], [{"content": None}], "[" * 10**5, "\ud800"]
 )
-def test_no_completion_raises(answer):
+def test_no_completion_raises(completion):
     box = "[1, 2, 3, 4]"
-    (score,) = compute_score([{"response": answer, "response_length": 0, "ground_truth": box}])
+    (score,) = compute_score([{"response": completion, "response_length": 0, "ground_truth": box}])
     assert score == {"overall": 0, "format": 0, "accuracy": 0}
-    assert box_reward([answer], [box]) == [0]
+    assert box_reward([completion], [box]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -170,19 +170,19 @@ def test_easyr1_rows_hold_its_contract(tmp_path, monkeypatch, coco, capsys):
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_trl_rows_are_the_cues_of_the_loop(tmp_path, monkeypatch, coco, kind):
-    out, processor = tmp_path / "out", qwen_tools(kind)
-    frame = processor.family.box_frame
+    out, tools = tmp_path / "out", qwen_tools(kind)
+    frame = tools.family.box_frame
     assert run(monkeypatch, out, "--format", "trl", "--frame", frame, "--limit", 6, "--seed", 3, *coco) == 0
     files = dict(zip(("annotations", "images", "exclude"), map(Path, coco[3::2])))
     cues = open_cues("coco", "train", 3, CueConfig(), expressions=None, **files)
-    (low, high), processor = processor.family.image_pixels, processor.image_processor
+    (low, high), processor = tools.family.image_pixels, tools.image_processor
     for i, row in enumerate(rows(out)):
-        item = encode_cue(processor, cues[i], "object")
+        item = encode_cue(tools, cues[i], "object")
         assert row["box"] == pytest.approx(item.frame.to_units(cues[i].box), abs=1e-5)
         assert row["frame"] == [item.frame.width, item.frame.height, item.frame.units_x, item.frame.units_y]
         (message,) = row["prompt"]
         assert [part["type"] for part in message["content"]] == ["image", "image", "text"]
-        assert message["content"][-1]["text"] == prompt_text(processor.family, "cue")
+        assert message["content"][-1]["text"] == prompt_text(tools.family, "cue")
         for name, picture in zip(row["images"], item.images):
             with Image.open(out / name) as image:  # TRL has one pair of limits, that of full images
                 size = {"shortest_edge": low, "longest_edge": high}
@@ -336,7 +336,8 @@ WRONG = {  # what is typed behind an export of 2 cues for TRL, and what the sent
 @pytest.mark.parametrize(("typed", "says"), WRONG.items())
 def test_wrong_use_is_one_sentence_and_changes_nothing(tmp_path, monkeypatch, capsys, typed, says):
     places = {name: tmp_path / name.lower() for name in ("OUT", "NEW", "PHOTOS", "FILE", "OTHER", "DAMAGED")}
-    export_cues(CueConfig(), places["OUT"], "trl", "train", 2, "scenes", 0, **dict.fromkeys(NONE))
+    flags = {"source": "object", "tiny_ratio": 0.7} | dict.fromkeys(NONE)
+    export_cues(places["OUT"], "trl", "train", 2, "scenes", 0, **flags)
     for name in ("PHOTOS", "OTHER", "DAMAGED"):
         places[name].mkdir()
     for k in range(30):
@@ -376,9 +377,9 @@ def test_published_models_are_known_by_their_small_files(tmp_path, monkeypatch, 
     row = rows(tmp_path / "out")[0]
     thinks = name.endswith("Thinking")
     assert row["opening"] == ("<think>\n" if thinks else "")
-    answer = f"found</think><answer>{row['box']}</answer>"
+    completion = f"found</think><answer>{row['box']}</answer>"
     columns = {"box": [row["box"]], "opening": [row["opening"]]}
-    assert box_reward([answer], **columns) == pytest.approx([1.0 if thinks else 0.9])
+    assert box_reward([completion], **columns) == pytest.approx([1.0 if thinks else 0.9])
 
 
 # ---------------------------------------------------------------- the files in scale/

@@ -1,4 +1,4 @@
-"""The export and the reward in TRL itself: `pytest scale/ -s` in the environment of requirements.txt."""
+"""Export and reward in TRL: `pytest tests/scale/ -s` in the environment of scale/requirements.txt."""
 
 import json
 import os
@@ -23,12 +23,14 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
 from data import Cue, CueConfig, encode_cue, scene_cues
+from files.errors import model_folder
 from locus_mini import group_advantages, optimizer_step
+from models import add_lora, load_policy
 from policy import Policy, Rollout, collate, rollout, texts, token_logps
 from prompts import box_frame
 from reward import reward
-from scale.export import find_target, model_folder
-from scale.side_by_side import GROUP, add_lora, load_policy, make_trainer, rows_of
+from scale.export import find_target
+from scale.side_by_side import GROUP, make_trainer, rows_of
 from training.settings import Config
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +39,8 @@ HERE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH
 
 def run(*command: object, **env: str) -> str:
     """Output of a command that must succeed."""
-    ways = dict(cwd=ROOT, env=HERE | env, capture_output=True, text=True)
-    done = subprocess.run([*map(str, command)], **ways)
+    options = dict(cwd=ROOT, env=HERE | env, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -54,7 +56,7 @@ TWO = [
 
 @pytest.mark.parametrize(("steps", "machines"), [(10, ["--num_machines 1"]), (2, TWO)])
 def test_two_processes_train_and_the_adapter_loads_into_eval(tmp_path, steps, machines):
-    """From one launch, and from two that take each other for other machines."""
+    """From one launch, and from two that act as two machines."""
     cues, out, launched = tmp_path / "cues", tmp_path / "out", []
     run(sys.executable, "-m", "scale.export", cues, "--format", "trl", "--limit", 80)
     flags = f"--lora-rank 16 --prompts 8 --updates 1 --max_steps {steps} --learning_rate 7e-4 --use_cpu"
@@ -93,7 +95,7 @@ def test_rows_for_easyr1_pass_datasets(tmp_path):
 
 
 def test_trl_sees_what_the_loop_sees():
-    """Tokens and pixels by the processor that train_trl.py takes, torchvision's, are those of encode."""
+    """The processor of train_trl.py, torchvision's, gives the tokens and pixels that encode gives."""
     policy, scenes = load_policy("tiny"), scene_cues(CueConfig(), "train", 4)
     low, high = policy.processor.family.image_pixels
     processor = AutoProcessor.from_pretrained(model_folder("tiny"), min_pixels=low, max_pixels=high)
@@ -141,21 +143,21 @@ def cosine_of(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def recorded() -> tuple[Policy, list[Cue], list, Rollout, torch.Tensor, torch.Tensor]:
-    """Our policy with an adapter that does something, four cues, its answers to them, and their rewards."""
+    """Our policy with a non-zero adapter, four cues, its completions for them, and their rewards."""
     policy = add_lora(load_policy("tiny"), 8)
     with_random_adapter(policy.model)
     scenes = scene_cues(CueConfig(), "train", 11)
     cues = [scenes[i] for i in range(4)]
     items = [encode_cue(policy.processor, cue, "object") for cue in cues]
     rollouts = rollout(policy, collate(policy, items), GROUP, 40, torch.Generator().manual_seed(2))
-    answers = zip(texts(policy, rollouts), items, cues)
-    rewards = torch.tensor([[reward(t, i.frame.to_units(c.box)).total for t in a] for a, i, c in answers])
+    groups = zip(texts(policy, rollouts), items, cues)
+    rewards = torch.tensor([[reward(t, i.frame.to_units(c.box)).total for t in g] for g, i, c in groups])
     assert rollouts.mask.sum(-1).unique().numel() > 1 and (rewards.std(1) > 0).any()
     return policy, cues, items, rollouts, rewards, group_advantages(rewards)
 
 
 def replay(recorded: tuple, folder: Path, **settings) -> tuple:
-    """TRL's trainer with our adapter, whose answers are the recorded ones, and its batch of prompts."""
+    """TRL's trainer with our adapter, made to return the recorded completions, and its batch of prompts."""
     _, cues, _, rollouts, _, _ = recorded
     other = load_policy("tiny")
     rows = rows_of(other, cues, "object")
@@ -163,8 +165,8 @@ def replay(recorded: tuple, folder: Path, **settings) -> tuple:
     trainer = make_trainer(other, 8, rows, str(folder), **batch, gradient_checkpointing=False, **settings)
     with_random_adapter(trainer.model)
     pairs = zip(rollouts.tokens.flatten(0, 1), rollouts.mask.flatten(0, 1))
-    answers = [tokens[mask].tolist() for tokens, mask in pairs]
-    trainer._generate_single_turn = lambda *_, **__: (answers, None)
+    completions = [tokens[mask].tolist() for tokens, mask in pairs]
+    trainer._generate_single_turn = lambda *_, **__: (completions, None)
     return trainer, [trainer.train_dataset[i] for i in range(len(cues)) for _ in range(GROUP)]
 
 
@@ -177,8 +179,8 @@ def our_step(recorded: tuple, old: torch.Tensor | None, **settings) -> tuple[flo
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
-def test_loss_and_gradient_agree_on_recorded_answers(recorded, tmp_path, dual_clip):
-    """Off policy, so that clips and KL do something; the same answers, rewards, advantages and old values."""
+def test_loss_and_gradient_agree_on_recorded_completions(recorded, tmp_path, dual_clip):
+    """Off policy, so that clips and KL matter; the same completions, rewards, advantages and old values."""
     policy, _, items, rollouts, rewards, advantages = recorded
     with torch.no_grad():
         logps = token_logps(policy, collate(policy, items), rollouts.tokens, rollouts.mask)
@@ -214,7 +216,7 @@ class Grab(TrainerCallback):
 
 
 def test_a_whole_step_of_trl_has_our_gradient(recorded, tmp_path):
-    """TRL's own loop from prompts to optimizer, with its own advantages, on the recorded answers."""
+    """TRL's own loop from prompts to optimizer, with its own advantages, on the recorded completions."""
     loss, ours, _ = our_step(recorded, None, beta=0.04, dual_clip=3.0)
     (trainer, _), grab = replay(recorded, tmp_path, beta=0.04, delta=3.0, learning_rate=1e-5), Grab()
     trainer.add_callback(grab)
