@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
 from files import download
 from files.coco import index_coco, read
+from files.contact_sheet import contact_sheet
 from files.errors import FlagParser, UserError, exit_on_error
 from files.pictures import NARROWEST, LeftOut, Photos, open_folder
 from prompts import EncodedPrompt, Processor, encode, prompt_text
@@ -83,13 +84,13 @@ def sample_cue_box(
     if not (x1 < x2 and y1 < y2):  # "not" catches a NaN too
         return None
     # Only tiny objects are padded and scaled; larger windows hold enough context as they are.
-    factor = 1.0
+    window_scale = 1.0
     if size_class((x1, y1, x2, y2), width, height) == "tiny":
-        factor = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
+        window_scale = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
     edges = []
     for low, high, limit in ((x1, x2, width), (y1, y2, height)):
         # A crop needs 16 px a side to show anything; near an edge the window moves inward to have them.
-        half = max(factor * (high - low), cfg.min_side) / 2
+        half = max(window_scale * (high - low), cfg.min_side) / 2
         start = max(0, min(round((low + high) / 2 - half), limit - cfg.min_side))
         end = min(limit, max(round((low + high) / 2 + half), start + cfg.min_side))
         edges.append((start, end))
@@ -103,9 +104,9 @@ def sample_random_box(
 ) -> Box | None:
     """A window of a size class anywhere in the image (Table 7), or around a box; None if it does not fit."""
     low, high = {"tiny": (0.001, 0.01), "small": (0.01, 0.05), "large": (0.1, 0.3)}[size]
-    area, aspect = rng.uniform(low, high) * width * height, 2 ** rng.uniform(-1, 1)
-    w = max(cfg.min_side, round((area * aspect) ** 0.5))
-    h = max(cfg.min_side, round((area / aspect) ** 0.5))
+    window_area, aspect_ratio = rng.uniform(low, high) * width * height, 2 ** rng.uniform(-1, 1)
+    w = max(cfg.min_side, round((window_area * aspect_ratio) ** 0.5))
+    h = max(cfg.min_side, round((window_area / aspect_ratio) ** 0.5))
     x1, y1, x2, y2 = (round(v) for v in must_contain or (width, height, 0, 0))  # without one: any place
     x_range, y_range = (max(0, x2 - w), min(width - w, x1)), (max(0, y2 - h), min(height - h, y1))
     if x_range[0] > x_range[1] or y_range[0] > y_range[1]:
@@ -144,18 +145,18 @@ def scene_cues(cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, in
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
         scene, side = scenes.draw_layout(rng, rng.randint(*num_objects)), scenes.SIDE
-        target = rng.choice(scene.objects)
+        target_object = rng.choice(scene.objects)
         if cfg.source in ("object", "text"):
-            box = sample_cue_box(rng, target.box, side, side, replace(cfg, scale=(1.0, 1.0)))
+            box = sample_cue_box(rng, target_object.box, side, side, replace(cfg, scale=(1.0, 1.0)))
         else:
-            must_contain = target.box if cfg.source == "large" else None
+            must_contain = target_object.box if cfg.source == "large" else None
             box = sample_random_box(rng, side, side, size, cfg, must_contain)
         if box is None or size_class(box, side, side) != size:
             return None
         # A crop of plain background could be from anywhere; COCO's random crops have texture.
         if cfg.source == "random" and max(scenes.visible_fraction(o.box, box) for o in scene.objects) < 0.05:
             return None
-        name = None if cfg.source == "random" else target.name
+        name = None if cfg.source == "random" else target_object.name
         return Cue(scenes.render(scene), box, size, name, scene)
 
     return Cues(cfg, f"scenes-{split}", seed, draw)
@@ -174,9 +175,9 @@ def coco_cues(
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
     if exclude is None:
         print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
-    excluded = read("exclude", exclude, "list of image ids", lambda text: set(map(int, text.split())))
-    texts = read("expressions", expressions, "JSON of texts by id", lambda t: dict(json.loads(t or "[]")))
-    options = dict(split=split, excluded=excluded, texts=texts, need_text=cfg.source == "text")
+    excluded_ids = read("exclude", exclude, "list of image ids", lambda t: set(map(int, t.split())))
+    text_by_id = read("expressions", expressions, "JSON of id: text", lambda t: dict(json.loads(t or "[]")))
+    options = dict(split=split, excluded=excluded_ids, texts=text_by_id, need_text=cfg.source == "text")
     index = partial(index_coco, name=str(annotations), **options)
     objects, left_out = read("annotations", annotations, "COCO instances JSON", index)
     if not objects:
@@ -184,18 +185,18 @@ def coco_cues(
         raise UserError(f"--annotations {annotations} leaves no {split} cue ({reasons}): give another.")
     for part in left_out:
         part.warn()
-    num_files = len({item.name for item in objects})
+    num_files = len({annotation.name for annotation in objects})
     photos = photos or Photos(images, LeftOut(f"{split} images in {images}", num_files))
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        item = rng.choice(objects)
+        annotation = rng.choice(objects)
         if cfg.source == "random":
-            box, text = sample_random_box(rng, *item.size, size, cfg), None
+            box, text = sample_random_box(rng, *annotation.size, size, cfg), None
         else:
-            box, text = sample_cue_box(rng, item.box, *item.size, cfg), item.text
-        fits = box and size_class(box, *item.size) == size
-        image = photos.open(item.name, item.size) if fits else None
-        return image and Cue(image, box, size, text, name=item.name)
+            box, text = sample_cue_box(rng, annotation.box, *annotation.size, cfg), annotation.text
+        fits = box and size_class(box, *annotation.size) == size
+        image = photos.open(annotation.name, annotation.size) if fits else None
+        return image and Cue(image, box, size, text, name=annotation.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
 
@@ -237,25 +238,6 @@ def encode_cue(processor: Processor, cue: Cue, source: str) -> EncodedPrompt:
     return encode(processor, prompt_text(processor.family, "cue"), cue.image, crop=cue.crop)
 
 
-# ---------------------------------------------------------------- command line
-
-
-def contact_sheet(cues: Cues, n: int) -> Image.Image:
-    """Cues 0 to n − 1, three a row: the image with its window, the crop, size class and description."""
-    sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
-    for i in range(n):
-        cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
-        full = ImageOps.contain(cue.image, (320, 240))
-        box = [v * full.width / cue.image.width for v in cue.box]
-        ImageDraw.Draw(full).rectangle(box, outline="magenta", width=2)
-        sheet.paste(full, (x, y))
-        x += full.width + 10
-        sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
-        label = f"{i}: {cue.size}\n{cue.text or ''}"
-        ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
-    return sheet
-
-
 def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: Path | None) -> None:
     """Downloads what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
     if min(limit, heldout) < 1:
@@ -283,15 +265,15 @@ def cue_flags() -> FlagParser:
 def main() -> None:
     parser = FlagParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", parents=[cue_flags()], help="a sheet of cues")
-    show.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
-    show.add_argument("--images", type=Path, help="of COCO")
-    show.add_argument("--n", type=int, default=12, help="how many")
-    show.add_argument("--out", type=Path, default=Path("cues.png"))
-    fetch = commands.add_parser("fetch", parents=[cue_flags()], help="download what the first cues use")
-    fetch.add_argument("images", metavar="DIR", type=Path, help="where to; existing images are kept")
-    fetch.add_argument("--limit", type=int, default=6400, help="training cues: the run's steps × prompts")
-    fetch.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    show_parser = commands.add_parser("show", parents=[cue_flags()], help="a sheet of cues")
+    show_parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
+    show_parser.add_argument("--images", type=Path, help="of COCO")
+    show_parser.add_argument("--n", type=int, default=12, help="how many")
+    show_parser.add_argument("--out", type=Path, default=Path("cues.png"))
+    fetch_parser = commands.add_parser("fetch", parents=[cue_flags()], help="download what cues use")
+    fetch_parser.add_argument("images", metavar="DIR", type=Path, help="where to; existing images are kept")
+    fetch_parser.add_argument("--limit", type=int, default=6400, help="training cues: steps × prompts")
+    fetch_parser.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     with exit_on_error():

@@ -29,8 +29,8 @@ def read_flags() -> argparse.Namespace:
     """What the command line asks for; UserError for a value or a combination that makes no sense."""
     from evaluation.benchmarks import BENCHMARKS
 
-    parser, tasks = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
-    parser.add_argument("task", choices=tasks, metavar="TASK", help=", ".join(tasks))
+    parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
+    parser.add_argument("task", choices=task_names, metavar="TASK", help=", ".join(task_names))
     parser.add_argument("image", type=Path, nargs="?", help="of ask")
     parser.add_argument("question", nargs="?", help="of ask")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
@@ -99,12 +99,12 @@ TABLE = {  # row of the printed table: list of samples
 
 
 def draw_heat_maps(
-    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts: list, names: list
+    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts_by_model: list, names: list
 ) -> None:
     """attention.png: a row per image, a column per model; prompts: for each model those of all images."""
     columns = []
     try:
-        for _, model_prompts in zip(session.each_model(), prompts, strict=True):
+        for _, model_prompts in zip(session.each_model(), prompts_by_model, strict=True):
             columns.append([attention.attention_maps(session.policy, [p])[0].mean(0) for p in model_prompts])
     except torch.OutOfMemoryError:
         print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
@@ -113,23 +113,23 @@ def draw_heat_maps(
     draw_attention(rows, names, session.folder / "attention.png")
 
 
-def evaluate_models(session: Session, held: HeldOutSet, extra: Callable | None = None) -> tuple[list, dict]:
-    """The scores of each model on held-out cues, and their summaries; extra(name, scores, base) adds more."""
-    scored, results, (longest, batch) = [], {}, session.generation_limits()
+def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) -> tuple[list, dict]:
+    """Each model's scores on held-out cues, and their summaries; add_more(name, scores, base) adds to it."""
+    model_scores, results, (longest, batch) = [], {}, session.generation_limits()
     for name in session.each_model():
-        scored.append(evaluate(session.policy, held, longest, name, session.cache, batch))
-        if extra:
-            extra(name, scored[-1], scored[0])
-        results[name] = scored[-1].summary
-    boxes = [scores.boxes for scores in scored]
+        model_scores.append(evaluate(session.policy, held, longest, name, session.cache, batch))
+        if add_more:
+            add_more(name, model_scores[-1], model_scores[0])
+        results[name] = model_scores[-1].summary
+    boxes = [scores.boxes for scores in model_scores]
     draw_cues(held.cues, boxes[0], boxes[1] if len(boxes) > 1 else None, session.folder / "before_after.png")
-    return scored, results
+    return model_scores, results
 
 
-def finish(scored: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
+def finish(model_scores: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
     """Prints the table; returns the results, for two models with the change of every list of samples."""
-    print(table(*scored, rows=TABLE))
-    return results | ({"change": compare(*scored)} if len(scored) > 1 else {})
+    print(table(*model_scores, rows=TABLE))
+    return results | ({"change": compare(*model_scores)} if len(model_scores) > 1 else {})
 
 
 # ---------------------------------------------------------------- the embedded world
@@ -140,22 +140,19 @@ def scenes_task(session: Session) -> dict[str, Any]:
     policy, processor = session.policy, session.policy.processor
     cues = scene_cues(CueConfig(), "heldout", session.args.seed)
     held = build_heldout_set(policy, cues, session.args.n or 1000)
-    limits = session.generation_limits()
+    generation_limits = session.generation_limits()
 
     def analyse(name: str, scores: Scores, base: Scores) -> None:
-        attention.analyse_questions(policy, held, scores, base, session.cache, name, limits)
+        attention.analyse_questions(policy, held, scores, base, session.cache, name, generation_limits)
 
-    scored, results = evaluate_models(session, held, analyse)
+    model_scores, results = evaluate_models(session, held, analyse)
     scenes, questions = zip(*held.scene_questions[:4])
     titles, boxes = [question.text for question in questions], [[question.box] for question in questions]
-    prompts = [attention.prefixed_questions(processor, held, 4)] * len(scored)
+    prompts = [attention.prefixed_questions(processor, held, 4)] * len(model_scores)
     draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
-        results["baselines"] = baselines(policy, held, limits[0], session.cache)
-    return finish(scored, results)
-
-
-# ---------------------------------------------------------------- photos: cue search, benchmarks, questions
+        results["baselines"] = baselines(policy, held, generation_limits[0], session.cache)
+    return finish(model_scores, results)
 
 
 def cues_task(session: Session) -> dict[str, Any]:
@@ -163,9 +160,9 @@ def cues_task(session: Session) -> dict[str, Any]:
     args = session.args
     files = {name: getattr(args, name) for name in ("annotations", "images", "exclude")}
     cues = open_cues(args.data, "heldout", 0, CueConfig(args.source), **files)
-    scored, results = evaluate_models(session, build_heldout_set(session.policy, cues, args.n or 500))
+    model_scores, results = evaluate_models(session, build_heldout_set(session.policy, cues, args.n or 500))
     results["left_out"] = {part.what: dict(part.reasons) for part in cues.left_out}
-    return finish(scored, results)
+    return finish(model_scores, results)
 
 
 def benchmark_prompt(
@@ -175,9 +172,9 @@ def benchmark_prompt(
     images = [keep_only(image, *sample.boxes) if suppressed else image for image in sample.images()]
     if sample.kind == "box":
         return encode(processor, prompt_text(processor.family, "text", think, text=sample.question), *images)
-    options = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
-    kind = "string" if sample.kind == "choice" and not options else sample.kind
-    text = prompt_text(processor.family, kind, think, question=sample.question, options=options)
+    option_lines = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
+    prompt_kind = "string" if sample.kind == "choice" and not option_lines else sample.kind
+    text = prompt_text(processor.family, prompt_kind, think, question=sample.question, options=option_lines)
     return encode(processor, text, *images)
 
 
@@ -189,25 +186,26 @@ def benchmark_task(session: Session) -> dict[str, Any]:
     samples = list(read_samples(task, Path(args.data)))
     if args.n is not None and args.n < len(samples):  # a random subset covers all parts of the file
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), args.n))]
-    styles = ("direct", "think") if PROMPTS[session.processor.family.template]["think"] else ("direct",)
-    scored, results = [], {}
+    can_think = PROMPTS[session.processor.family.template]["think"]
+    styles = ("direct", "think") if can_think else ("direct",)
+    model_scores, results = [], {}
     for name in session.each_model():
-        scored.append(scores := Scores({}, {}, []))
+        model_scores.append(scores := Scores({}, {}, []))
         for style in styles:
             make = partial(benchmark_prompt, processor=session.processor, think=style == "think")
             add_judged(session, scores, style, f"{name}/{style}", samples, make)
         if any(sample.boxes for sample in samples) and samples[0].kind == "choice":
-            add_evidence(session, name, samples, scored)
+            add_evidence(session, name, samples, model_scores)
         results[name] = scores.summary
     for style in styles:
-        figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in scored)
+        figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in model_scores)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
-    if len(styles) > 1 and len(scored) > 1:  # the paper's pairing: the instruction comes with training
-        base, adapted = scored
+    if can_think and len(model_scores) > 1:  # the paper's pairing: the instruction comes with training
+        base, adapted = model_scores
         pairing = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
         results["direct to think"] = paired(*pairing)
-    return finish(scored, results)
+    return finish(model_scores, results)
 
 
 def add_judged(
@@ -221,30 +219,30 @@ def add_judged(
     for sample, (text, frame) in zip(samples, session.generate(key, prompts, ids, True), strict=True):
         fields = {"fields": sample.fields, "answer": sample.answer}
         rows.append(None if text is None else judge(sample, text, frame) | fields)
-    judged = [row for row in rows if row is not None]
+    judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders
         scores.groups[name] = [sample.question for sample in samples]
-    figures = aggregate(session.args.task, judged) if judged else {}
-    scores.summary[name] = figures | {"errors": len(rows) - len(judged)}
+    figures = aggregate(session.args.task, judged_rows) if judged_rows else {}
+    scores.summary[name] = figures | {"errors": len(rows) - len(judged_rows)}
 
 
-def add_evidence(session: Session, name: str, samples: list, scored: list[Scores]) -> None:
+def add_evidence(session: Session, name: str, samples: list, model_scores: list[Scores]) -> None:
     """Where a benchmark has boxes of its evidence: suppression, attention, grounding of single objects."""
-    scores, processor = scored[-1], session.processor
+    scores, processor = model_scores[-1], session.processor
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
-    boxed = [sample for sample in samples if sample.boxes]
+    boxed_samples = [sample for sample in samples if sample.boxes]
     make = partial(benchmark_prompt, processor=processor)
-    add_judged(session, scores, "black", f"{name}/suppressed", boxed, partial(make, suppressed=True))
-    boxes = [sample.boxes for sample in boxed]
-    stats = (session.cache, f"{name}/looks", LazyList(make, boxed), boxes, 1)
-    attention.add_attention(scores, attention.measure_attention(session.policy, *stats))
-    single = [sample for sample in boxed if len(sample.boxes) == 1 and sample.target]
-    find = partial(prompt_text, processor.family, "text", False)
-    prompts = LazyList(lambda sample: encode(processor, find(text=sample.target), *sample.images()), single)
-    replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single])
-    ious = attention.box_ious(replies, [sample.boxes[0] for sample in single])
-    attention.add_grounding(scores, ious, [right[sample.id] for sample in single], scored[0])
+    add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, partial(make, suppressed=True))
+    boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
+    looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
+    attention.add_attention(scores, looks)
+    single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.target]
+    find_text = partial(prompt_text, processor.family, "text", False)
+    prompts = LazyList(lambda s: encode(processor, find_text(text=s.target), *s.images()), single_boxed)
+    replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single_boxed])
+    ious = attention.box_ious(replies, [sample.boxes[0] for sample in single_boxed])
+    attention.add_grounding(scores, ious, [right[sample.id] for sample in single_boxed], model_scores[0])
 
 
 def ask_task(session: Session) -> dict[str, Any]:
@@ -259,14 +257,11 @@ def ask_task(session: Session) -> dict[str, Any]:
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
         print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply}")
-        prefix, token = attention.before_answer(session.processor, reply or "")
-        prompts.append([attention.append_to_prompt(session.processor, prompt, prefix)])
-        names.append(f"{title}, predicting {token!r}")
+        reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
+        prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
+        names.append(f"{title}, predicting {answer_token!r}")
     draw_heat_maps(session, [session.args.question], [image], [[]], prompts, names)
     return results
-
-
-# ---------------------------------------------------------------- command line
 
 
 def run_task(args: argparse.Namespace) -> None:

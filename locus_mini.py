@@ -49,7 +49,7 @@ FP16_LOSS_SCALE = 2.0**10  # without it the smallest float16 gradients are 0
 # ---------------------------------------------------------------- GRPO, as functions of tensors
 
 
-def group_advantages(rewards: Tensor, loss: str = "token_mean") -> Tensor:
+def group_advantages(rewards: Tensor, loss_type: str = "token_mean") -> Tensor:
     """A_g = (r_g − mean r) / (std r + 1e-6) within each group, std with G − 1; [B, G] to [B, G].
 
     >>> group_advantages(torch.tensor([[1.0, 0.0], [0.7, 0.7]]))
@@ -57,70 +57,73 @@ def group_advantages(rewards: Tensor, loss: str = "token_mean") -> Tensor:
             [ 0.0000,  0.0000]])
     """
     centered = rewards - rewards.mean(1, keepdim=True)  # [B, G]
-    if loss != "dr_grpo":  # Dr. GRPO does not divide by the standard deviation
+    if loss_type != "dr_grpo":  # Dr. GRPO does not divide by the standard deviation
         centered = centered / (rewards.std(1, keepdim=True) + 1e-6)
     # In float32 equal rewards have a std of about 1e-8, not 0; dividing by it would make advantages of 0.1.
     return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, centered)
 
 
-def token_weights(mask: Tensor, loss: str, num_tokens: float, num_completions: float, longest: int) -> Tensor:
+def token_weights(mask: Tensor, loss_type: str, num_tokens: float, num_completions: float, max_len: int):
     """The weight of each token in the loss of its optimizer step, [B, G, T]; 0 outside the mask.
 
     num_tokens, num_completions: N of the whole optimizer step, so the micro-batch size changes nothing.
-    token_mean  1 / Σ_i |o_i|         every token of the step counts the same
-    grpo        1 / (N · |o_i|)       every completion counts the same (the GRPO paper)
-    dr_grpo     1 / (N · longest)     no bonus for being short or long (Dr. GRPO); longest = max_new_tokens
+    token_mean  1 / Σ_i |o_i|       every token of the step counts the same
+    grpo        1 / (N · |o_i|)     every completion counts the same (the GRPO paper)
+    dr_grpo     1 / (N · max_len)   no bonus for being short or long (Dr. GRPO); max_len is max_new_tokens
     """
-    if loss == "grpo":
+    if loss_type == "grpo":
         return mask / (num_completions * mask.sum(-1, keepdim=True).clamp(min=1))
-    if loss == "dr_grpo":
-        return mask / (num_completions * longest)
+    if loss_type == "dr_grpo":
+        return mask / (num_completions * max_len)
     return mask / num_tokens
 
 
 def grpo_loss(
-    logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, cfg: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, weights: Tensor,
+    cfg: Config,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """L = Σ w · (−J + β · k3): the clipped surrogate and the KL to the reference, token by token.
 
-    logps, old, ref: log-probabilities under the policy, the policy that sampled and the reference (None where
-    β = 0), [B, G, T]. advantages: [B, G]. weights: those of `token_weights`, [B, G, T].
+    logps, old_logps, ref_logps: log-probabilities under the policy, the policy that sampled and the reference
+    (None where β = 0), [B, G, T]. advantages: [B, G]. weights: those of `token_weights`, [B, G, T].
     Also returns sums over tokens for the log, without weights: `kl` and `clip_ratio`.
 
     >>> logps, weights = torch.tensor([[[-1.0]]]), torch.ones(1, 1, 1)
     >>> grpo_loss(logps, logps, None, torch.tensor([[2.0]]), weights, Config(beta=0.0))[0]  # ρ = 1: L = −A
     tensor(-2.)
     """
+    # One advantage for all tokens of a completion: only its end is rewarded.
     advantage = advantages[..., None]  # [B, G, 1]
     is_completion = weights > 0  # [B, G, T]
     # Importance ratio: 1 in the first step after a rollout, and then it moves.
-    ratio = torch.exp(logps - old)  # ρ = π / π_old
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    ratio = torch.exp(logps - old_logps)  # ρ = π / π_old
+    clipped_ratio = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     # Pessimistic bound: a ratio outside the clip range gains nothing further.
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # J = min(ρA, clip(ρ)A)
+    surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)  # J = min(ρA, clip(ρ)A)
     # Where A < 0, ρA has no lower bound, so one unlikely token could dominate the step: the dual clip.
     bounded = torch.maximum(surrogate, cfg.dual_clip * advantage)  # J ≥ cA
     surrogate = torch.where(advantage < 0, bounded, surrogate)
-    num_clipped = ((ratio * advantage > clipped * advantage) & is_completion).sum()
+    num_clipped = ((ratio * advantage > clipped_ratio * advantage) & is_completion).sum()
     k3 = torch.zeros_like(logps)
-    if ref is not None:
+    # KL to the reference: keeps what the base model can do.
+    if ref_logps is not None:
         # k3 is an unbiased estimate of KL(π ‖ π_ref) that is never negative; the clamps are the framework's.
-        log_ratio = (ref - logps).clamp(-20, 20)
+        log_ratio = (ref_logps - logps).clamp(-20, 20)
         k3 = (log_ratio.exp() - log_ratio - 1).clamp(max=10)
     loss = (weights * (cfg.beta * k3 - surrogate)).sum()
     return loss, {"kl": (k3 * is_completion).sum().detach(), "clip_ratio": num_clipped}
 
 
-def learning_rate(update: int, cfg: Config) -> float:
+def learning_rate(update_index: int, cfg: Config) -> float:
     """Linear warm-up, then linear decay to 0, or constant; `update` counts optimizer steps from 0."""
-    total = max(1, cfg.steps * cfg.updates * cfg.iterations)
-    warmup_steps = max(1, round(cfg.warmup * total))
-    decay = 1.0 if cfg.decay == "constant" else max(0.0, 1 - update / total)
+    total_updates = max(1, cfg.steps * cfg.updates * cfg.iterations)
+    warmup_steps = max(1, round(cfg.warmup * total_updates))
+    decay_factor = 1.0 if cfg.decay == "constant" else max(0.0, 1 - update_index / total_updates)
     # update + 1: a warm-up that starts at 0 would waste the first step.
-    return cfg.lr * min((update + 1) / warmup_steps, 1.0) * decay
+    return cfg.lr * min((update_index + 1) / warmup_steps, 1.0) * decay_factor
 
 
-# ---------------------------------------------------------------- what a step consists of
+# ---------------------------------------------------------------- one step
 
 
 @dataclass
@@ -150,30 +153,31 @@ def sample_completions(policy: Policy, batch: list[Example], step: int, cfg: Con
     """G completions of each prompt of a step, cfg.rollout_batch prompts at a time."""
     # Seeded by the step, so that a resumed run samples what an uninterrupted one would.
     generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
-    prompts, size = [example.prompt for example in batch], cfg.rollout_batch
-    parts = [collate(policy, prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    prompts, batch_size = [example.prompt for example in batch], cfg.rollout_batch
+    parts = [collate(policy, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     limits = (cfg.num_generations, cfg.max_new_tokens)
     return Rollout.join([rollout(policy, part, *limits, generator) for part in parts])
 
 
 def score(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
     """LOCUS's reward of each completion: 0.9 · IoU + 0.1 · format, in the model's own box frame."""
-    target = example.prompt.frame.to_units(example.cue.box)
-    return [reward(text, target, cfg.alpha) for text in completions]
+    target_box = example.prompt.frame.to_units(example.cue.box)
+    return [reward(text, target_box, cfg.alpha) for text in completions]
 
 
 @phase("optimizer")
 def apply_gradients(optimizer: Any, loss_scale: float, max_norm: float, finite: bool) -> tuple[float, bool]:
     """Unscales, clips and applies the gradients; returns their norm, and whether they were applied."""
     parameters = optimizer.param_groups[0]["params"]
+    # Undo the float16 scale before clipping, which compares the norm with a constant.
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad /= loss_scale
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     # A step with a NaN would ruin the adapter for good, so it is skipped and counted.
-    if applied := finite and math.isfinite(norm):
+    if applied := finite and math.isfinite(grad_norm):
         optimizer.step()
-    return norm, applied
+    return grad_norm, applied
 
 
 def optimizer_step(
@@ -186,34 +190,40 @@ def optimizer_step(
     """
     num_tokens = sum(rollouts.mask.sum() for _, rollouts, _, _ in micro_batches).item()
     num_completions = sum(rollouts.finished.numel() for _, rollouts, _, _ in micro_batches)
-    sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "rollout_gap": 0.0}
-    finite, scale = True, FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else 1.0
+    metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "rollout_gap": 0.0}
+    finite, loss_scale = True, FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else 1.0
     optimizer.zero_grad(set_to_none=True)
-    for batch, rollouts, advantages, old in micro_batches:
+    for batch, rollouts, advantages, old_logps in micro_batches:
+        # Equal rewards and no KL: the gradient is 0. Their tokens stay in the denominator.
         if cfg.beta == 0 and not advantages.any():
-            continue  # the gradient is 0; the tokens stay in the denominator
-        ref = None
+            continue
+        # Reference: the same model without its adapter.
+        ref_logps = None
         if cfg.beta > 0:
             with torch.no_grad(), policy.reference():
-                ref = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
+                ref_logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
+        # Policy: the only pass with gradients.
         logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
-        old = logps.detach() if old is None else old
-        weights = token_weights(rollouts.mask, cfg.loss, num_tokens, num_completions, cfg.max_new_tokens)
-        loss, stats = loss_function(logps, old, ref, advantages, weights, cfg)
-        (scale * loss).backward()
+        # Detached, the ratio is exactly 1 here, but its gradient is that of the log-probability.
+        old_logps = logps.detach() if old_logps is None else old_logps
+        loss_weights = token_weights(rollouts.mask, cfg.loss, num_tokens, num_completions, cfg.max_new_tokens)
+        loss, stats = loss_function(logps, old_logps, ref_logps, advantages, loss_weights, cfg)
+        # Gradients of the micro-batches add up until the optimizer step.
+        (loss_scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
-        sums["loss"] += loss.item()
-        sums["kl"] += stats["kl"].item() / num_tokens
-        sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
-        sums["rollout_gap"] = max(sums["rollout_gap"], (old - rollouts.logps).abs().max().item())
-    norm, applied = apply_gradients(optimizer, scale, cfg.max_grad_norm, finite)
-    return sums | {"grad_norm": norm, "skipped": float(not applied)}
+        metric_sums["loss"] += loss.item()
+        metric_sums["kl"] += stats["kl"].item() / num_tokens
+        metric_sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
+        rollout_gap = (old_logps - rollouts.logps).abs().max().item()
+        metric_sums["rollout_gap"] = max(metric_sums["rollout_gap"], rollout_gap)
+    grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
+    return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 
 
 def micro_batch_slices(cfg: Config) -> list[list[slice]]:
     """The prompts of each optimizer step of a rollout, as slices that fit in one pass."""
-    share, size = cfg.prompts // cfg.updates, cfg.micro_batch
-    updates = [(start, start + share) for start in range(0, cfg.prompts, share)]
+    step_size, size = cfg.prompts // cfg.updates, cfg.micro_batch
+    updates = [(start, start + step_size) for start in range(0, cfg.prompts, step_size)]
     return [[slice(i, min(i + size, end)) for i in range(start, end, size)] for start, end in updates]
 
 
@@ -223,21 +233,19 @@ def update_policy(
     cfg: Config, loss_function: Callable | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """All optimizer steps on one rollout; returns the mean of their metrics."""
-    prompts, updates, stats = [example.prompt for example in batch], [], []
+    prompts, updates, update_metrics = [example.prompt for example in batch], [], []
     for slices in micro_batch_slices(cfg):
         parts = [(collate(policy, prompts[s]), rollouts.select(s), advantages[s], None) for s in slices]
-        if cfg.updates * cfg.iterations > 1:  # π_old is the policy before the first of several steps
+        # With several steps per rollout, π_old is the policy before the first of them.
+        if cfg.updates * cfg.iterations > 1:
             with torch.no_grad():
                 parts = [(b, r, a, token_logps(policy, b, r.tokens, r.mask)) for b, r, a, _ in parts]
         updates.append(parts)
     for i, parts in enumerate(updates * cfg.iterations):
         lr = learning_rate(step * cfg.updates * cfg.iterations + i, cfg)
         optimizer.param_groups[0]["lr"] = lr
-        stats.append(optimizer_step(policy, optimizer, parts, cfg, loss_function or grpo_loss))
-    return {"lr": lr} | {name: mean(row[name] for row in stats) for name in stats[0]}
-
-
-# ---------------------------------------------------------------- one step
+        update_metrics.append(optimizer_step(policy, optimizer, parts, cfg, loss_function or grpo_loss))
+    return {"lr": lr} | {name: mean(row[name] for row in update_metrics) for name in update_metrics[0]}
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,7 @@ def train_step(
     # 5. Update: raise the probability of what was better, within the clip range and near the reference.
     metrics = task.update(policy, optimizer, batch, rollouts, advantages, step, cfg)
     metrics = {"step": step} | completion_metrics(rewards, scored, rollouts, advantages) | metrics
+    # To show: the group that teaches most.
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
     group = Group(batch[b], completions[b], scored[b], advantages[b].tolist())
     return metrics | {"seconds": time.monotonic() - started}, group
@@ -311,24 +320,25 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
     """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl."""
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    start = run_folder.load_checkpoint(folder, policy.model, optimizer, state)
-    log, history = run_folder.open_metrics(folder, start)
-    bar = tqdm(total=cfg.steps, initial=start, desc="GRPO")
-    with log, bar, run_folder.Interruption() as interruption, ThreadPoolExecutor(1) as executor:
+    first_step = run_folder.load_checkpoint(folder, policy.model, optimizer, state)
+    log, metrics_history = run_folder.open_metrics(folder, first_step)
+    progress_bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO")
+    with log, progress_bar, run_folder.Interruption() as interruption, ThreadPoolExecutor(1) as executor:
         # A thread reads and processes the next step's images while this step keeps the GPU busy.
         prepare = partial(executor.submit, sample_batch, policy.processor, cues, cfg=cfg, encode=task.encode)
-        next_batch = prepare(step=start) if start < cfg.steps else None
-        for step in range(start, cfg.steps):
+        next_batch = prepare(step=first_step) if first_step < cfg.steps else None
+        for step in range(first_step, cfg.steps):
             batch = next_batch.result()
             next_batch = prepare(step=step + 1) if step + 1 < cfg.steps else None
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
-            history.append(metrics)
-            run_folder.log_step(log, bar, history, group, cfg)
-            diverged = checks.diverged(history)
+            metrics_history.append(metrics)
+            run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
+            diverged = checks.diverged(metrics_history)
             if step + 1 == cfg.steps:
                 pictures.draw_group(group, folder / "group.png")
             elif not (interruption.requested or diverged or (step + 1) % cfg.save_every == 0):
                 continue
+            # Metrics before the checkpoint: resuming needs a line for each of its steps.
             run_folder.sync(folder / "metrics.jsonl")
             run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
             if diverged:

@@ -36,8 +36,8 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """bf16 on a GPU that has it, else float16; float32 on the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)  # older cards emulate it, slowly
-    return torch.device("cuda"), torch.bfloat16 if native else torch.float16
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older cards emulate it, slowly
+    return torch.device("cuda"), torch.bfloat16 if has_bf16 else torch.float16
 
 
 def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
@@ -52,10 +52,12 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
     family_name = getattr(config, "locus_family", config.model_type)
     if family_name not in FAMILIES and frame is None:
         raise UserError(f"--model {name} is of the unknown family {family_name}: name its --box-frame.")
-    last = Path(name).name.lower()
-    if family_name == "qwen2_5_vl" and ("mimo" in last or config.text_config.vocab_size == MIMO_VOCABULARY):
+    folder_name = Path(name).name.lower()
+    if family_name == "qwen2_5_vl" and (
+        "mimo" in folder_name or config.text_config.vocab_size == MIMO_VOCABULARY
+    ):
         family_name = "mimo_vl"  # the config is Qwen2.5-VL's
-    if family_name == "qwen3_vl" and "thinking" in last:
+    if family_name == "qwen3_vl" and "thinking" in folder_name:
         family_name = "qwen3_vl_thinking"
     family = FAMILIES.get(family_name, FAMILIES["qwen2_5_vl"])
     return config, replace(family, box_frame=frame or family.box_frame)
@@ -74,21 +76,21 @@ def load_policy(
     safe = dict(trust_remote_code=False)  # unset, transformers asks whether to run a model's own code
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
-    kwargs = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if quantize else None)
+    load_kwargs = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if quantize else None)
     # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. A pickle could run any code.
-    kwargs |= dict(attn_implementation="sdpa", use_safetensors=True)
+    load_kwargs |= dict(attn_implementation="sdpa", use_safetensors=True)
     try:
         # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
-        kwargs["device_map"] = {"": device}
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **kwargs, **safe)
+        load_kwargs["device_map"] = {"": device}
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **load_kwargs, **safe)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, **safe)
         image_processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    prefix, qwen3 = opening(tokenizer), replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame)
-    if prefix and family == qwen3:  # a renamed Thinking model
+    completion_prefix, qwen3 = opening(tokenizer), replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame)
+    if completion_prefix and family == qwen3:  # a renamed Thinking model
         family = replace(FAMILIES["qwen3_vl_thinking"], box_frame=family.box_frame)
-    processor = Processor(tokenizer, image_processor, replace(family, opening=prefix), "")
+    processor = Processor(tokenizer, image_processor, replace(family, opening=completion_prefix), "")
     for module in model.modules():
         # On such CPUs the first forward repacks 4-bit weights, and no gradient passes them any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -121,10 +123,10 @@ def patch_embedding(conv: nn.Conv3d, patches: Tensor) -> Tensor:
 def enable_gradient_checkpointing(policy: Policy) -> Policy:
     """The text layers keep their inputs alone, and run again for gradients."""
 
-    def forward(original: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(original_forward: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():  # never in a rollout, so never with a cache
-            return checkpoint(original, hidden, *args, use_reentrant=False, **kwargs)
-        return original(hidden, *args, **kwargs)
+            return checkpoint(original_forward, hidden_states, *args, use_reentrant=False, **kwargs)
+        return original_forward(hidden_states, *args, **kwargs)
 
     for layer in policy.base_model.model.language_model.layers:
         layer.forward = partial(forward, layer.forward)
@@ -146,6 +148,6 @@ def load_adapter(policy: Policy, folder: Path) -> Policy:
     try:
         return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"--adapter {folder} does not fit the model ({reason}): give its own --model."
+        error_text = str(error).splitlines()[0]
+        message = f"--adapter {folder} does not fit the model ({error_text}): give its own --model."
         raise UserError(message) from None

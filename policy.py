@@ -62,11 +62,12 @@ def grouped_query_attention(
     query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. transformers copies the keys for each
     of the A heads, so every token of a rollout would write and read several times its cache.
     """
-    (B, A, Q, D), share = query.shape, query.shape[1] // key.shape[1]
-    if attention_mask is None or Q > MAX_DECODE_QUERIES or share == 1:
+    (B, A, Q, D), heads_per_key = query.shape, query.shape[1] // key.shape[1]
+    if attention_mask is None or Q > MAX_DECODE_QUERIES or heads_per_key == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query = query.reshape(B, A // share, share * Q, D)  # [B, K, share·Q, D]
-    mask = attention_mask.repeat(1, 1, share, 1)  # [B, 1, share·Q, L]
+    # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
+    query = query.reshape(B, A // heads_per_key, heads_per_key * Q, D)  # [B, K, A/K·Q, D]
+    mask = attention_mask.repeat(1, 1, heads_per_key, 1)  # [B, 1, A/K·Q, L]
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scaling"))
     return out.reshape(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
 
@@ -94,29 +95,31 @@ def compute_image_features(policy: Policy, prompts: list[EncodedPrompt]) -> None
     images = {id(image): image for prompt in prompts for image in prompt.images if image.features is None}
     if not images:
         return
+    # The tower's activations grow with the patches of a pass, so a large batch is split.
     if len(prompts) > 1 and sum(len(image.pixel_values) for image in images.values()) > MAX_PATCHES_PER_PASS:
-        for half in (prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]):
-            compute_image_features(policy, half)
+        for prompt_half in (prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]):
+            compute_image_features(policy, prompt_half)
         return
     pixel_values = torch.cat([image.pixel_values for image in images.values()])  # [patches, 3·2·patch·patch]
     grids = torch.stack([image.grid_thw for image in images.values()])  # [images, 3]
     vision = policy.base_model.model.get_image_features
     output = vision(pixel_values.to(policy.device), grids.to(policy.device))
-    layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    feature_layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     for i, image in enumerate(images.values()):
         # Kept on the CPU: those of a whole step would fill a GPU, and copying them back is cheap.
-        image.features = [layer[i].cpu() for layer in layers]  # (1 + deepstack) × [image tokens, H]
+        image.features = [layer[i].cpu() for layer in feature_layers]  # (1 + deepstack) × [image tokens, H]
         image.pixel_values = torch.empty(0)
 
 
 def collate(policy: Policy, prompts: list[EncodedPrompt]) -> Batch:
     """Prompts as a left-padded batch, with explicit M-RoPE positions (a model's cached ones may be stale)."""
     compute_image_features(policy, prompts)
-    length = max(len(prompt.input_ids) for prompt in prompts)
+    max_length = max(len(prompt.input_ids) for prompt in prompts)
 
     def pad(rows: list[Tensor], value: int = 0) -> Tensor:
-        return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])  # [B, P]
+        return torch.stack([F.pad(row, (max_length - len(row), 0), value=value) for row in rows])  # [B, P]
 
+    # On the left, so that every prompt ends in the last column, where its completions start.
     input_ids = pad([prompt.input_ids for prompt in prompts], policy.processor.tokenizer.pad_token_id)
     token_types = pad([prompt.mm_token_type_ids for prompt in prompts])
     attention_mask = pad([torch.ones_like(prompt.input_ids) for prompt in prompts])
@@ -130,11 +133,11 @@ def collate(policy: Policy, prompts: list[EncodedPrompt]) -> Batch:
     return Batch(prompts, *(tensor.to(policy.device) for tensor in tensors))
 
 
-def group_mask(segment_ids: Tensor, queries: int | None = None) -> Tensor:
+def group_mask(segment_ids: Tensor, num_queries: int | None = None) -> Tensor:
     """Which columns of a row `[prompt | completions]` each query may see: the prompt and its own past.
 
     segment_ids: [B, L]: 0 for the prompt, g ≥ 1 for completion g, −1 for padding; the columns of different
-    completions may alternate. queries: how many of the last columns are queries (default: all).
+    completions may alternate. num_queries: how many of the last columns are queries (default: all).
     Returns a bool mask [B, 1, Q, L].
 
     >>> group_mask(torch.tensor([[0, 1, 2, 1]]))[0, 0].int()  # a prompt token, then completions 1, 2, 1
@@ -143,16 +146,17 @@ def group_mask(segment_ids: Tensor, queries: int | None = None) -> Tensor:
             [1, 0, 1, 0],
             [1, 1, 0, 1]], dtype=torch.int32)
     """
-    query_ids = segment_ids if queries is None else segment_ids[:, -queries:]  # [B, Q]
-    key_ids, column = segment_ids[:, None], torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    row = column[-query_ids.shape[1] :, None]  # [Q, 1]
+    query_ids = segment_ids if num_queries is None else segment_ids[:, -num_queries:]  # [B, Q]
+    key_ids = segment_ids[:, None]  # [B, 1, L]
+    key_index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # [L]
+    query_index = key_index[-query_ids.shape[1] :, None]  # [Q, 1]
     # Every completion sees the prompt, and the columns of its own segment; padding belongs to none.
     same_segment = (key_ids == query_ids[..., None]) & (key_ids > 0)  # [B, Q, L]
-    visible = (key_ids == 0) | same_segment  # [B, Q, L]
+    is_visible = (key_ids == 0) | same_segment  # [B, Q, L]
     # Never the future.
-    visible = visible & (column <= row)  # [B, Q, L]
+    is_visible = is_visible & (key_index <= query_index)  # [B, Q, L]
     # Each token sees itself, padding included: a softmax over nothing would be NaN.
-    return (visible | (column == row))[:, None]
+    return (is_visible | (key_index == query_index))[:, None]
 
 
 def run_text(
@@ -166,6 +170,7 @@ def run_text(
     """
     encoded = {}
     if prompts is not None:
+        # transformers takes features in place of pixels, so the vision tower does not run again.
         features = [[f.to(input_ids.device) for f in image.features] for p in prompts for image in p.images]
         layers = list(zip(*features, strict=True))  # (1 + deepstack) × images × [image tokens, H]
         encoded["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
@@ -212,6 +217,7 @@ class PreallocatedCacheLayer(DynamicLayer):
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
         start, end, self.is_initialized = self.length, self.length + keys.shape[2], True
+        # Doubling the capacity copies each column about once, not once per token.
         if start == 0 or end > self.keys.shape[2]:
             (B, K, _, D), capacity = keys.shape, min(self.max_columns, 2 * end)
             old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, capacity, D)
@@ -235,9 +241,9 @@ def rollout(
     """
     G, segment_ids = num_generations, batch.segment_ids
     # Read the prompts once, and keep their keys and values in a cache with room for all completions.
-    columns = batch.input_ids.shape[1] + G * max_new_tokens
-    layers = policy.base_model.config.get_text_config().num_hidden_layers
-    cache = hf.Cache(layers=[PreallocatedCacheLayer(columns) for _ in range(layers)])
+    num_columns = batch.input_ids.shape[1] + G * max_new_tokens
+    num_layers = policy.base_model.config.get_text_config().num_hidden_layers
+    cache = hf.Cache(layers=[PreallocatedCacheLayer(num_columns) for _ in range(num_layers)])
     hidden = run_text(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
@@ -249,23 +255,25 @@ def rollout(
         # In float32: a 16-bit softmax would round away most of the vocabulary.
         logps = (policy.base_model.lm_head(hidden).float() + policy.logit_bias).log_softmax(-1)  # [B, G, V]
         if generator is None:
-            token = logps.argmax(-1)  # [B, G]
+            next_tokens = logps.argmax(-1)  # [B, G]
         else:
             all_finite = all_finite & hidden.isfinite().all()  # read after the loop: that waits for the GPU
             probs = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; a NaN would crash multinomial
-            token = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
-        steps.append((token, unfinished, logps.gather(-1, token[..., None])[..., 0] * unfinished))
+            next_tokens = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
+        sampled_logps = logps.gather(-1, next_tokens[..., None])[..., 0]  # [B, G]
+        steps.append((next_tokens, unfinished, sampled_logps * unfinished))
         # A stop token counts as part of its completion; later tokens of it do not.
-        unfinished = unfinished & ~torch.isin(token, policy.stop_ids)
+        unfinished = unfinished & ~torch.isin(next_tokens, policy.stop_ids)
         if t + 1 == max_new_tokens or not unfinished.any():
             break
         # A finished completion still fills its column, as padding that nothing sees.
         segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_ids, -1)], 1)
         position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
-        hidden = run_text(policy, token, segment_ids, position_ids, None, cache)  # [B, G, H]
+        hidden = run_text(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
     if not all_finite:
         reason = "its weights are damaged, or need a GPU that has bfloat16"
         raise UserError(f"The model's hidden states are not finite in {hidden.dtype}: {reason}.")
+    # From a list of T steps to tensors.
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
     return Rollout(tokens, mask, logps, ~unfinished)
 
@@ -297,26 +305,31 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
     True
     """
     (B, G, T), P, device = tokens.shape, batch.input_ids.shape[1], tokens.device
+    # Sampling order: token 0 of all completions, then token 1 of all, as the rollout's cache has them.
     tokens, mask = tokens.transpose(1, 2).flatten(1), mask.transpose(1, 2).flatten(1)  # [B, T·G]
     completion_ids = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
-    time = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
+    token_time = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
     # Packing drops the columns outside the mask, so token t of completion g moves to this column.
     packed_index = P + mask.cumsum(1) - 1  # [B, T·G]
     # A token is predicted one token earlier: at the prompt's last column for t = 0, else where t − 1 moved.
     predicted_at = torch.cat([torch.full((B, G), P - 1, device=device), packed_index[:, :-G]], 1)  # [B, T·G]
     # Rows have different numbers of valid tokens: those first, in their order, then padding up to K columns.
     order = torch.argsort(~mask, dim=1, stable=True)[:, : mask.sum(1).max()]  # [B, K]
-    valid, target_ids = mask.gather(1, order), tokens.gather(1, order)  # [B, K]
-    input_ids = target_ids.where(valid, batch.input_ids[:, -1:])  # [B, K]
+    is_valid, target_ids = mask.gather(1, order), tokens.gather(1, order)  # [B, K]
+    input_ids = target_ids.where(is_valid, batch.input_ids[:, -1:])  # [B, K]
     input_ids = torch.cat([batch.input_ids, input_ids], 1)  # [B, P + K]
-    segment_ids = torch.where(valid, completion_ids[order], -1)  # [B, K]
+    segment_ids = torch.where(is_valid, completion_ids[order], -1)  # [B, K]
     segment_ids = torch.cat([batch.segment_ids, segment_ids], 1)  # [B, P + K]
     # Every completion starts at the same position, right after the prompt.
-    position_ids = (batch.completion_start[:, None] + time[order]).expand(3, B, -1)  # [3, B, K]
+    position_ids = (batch.completion_start[:, None] + token_time[order]).expand(3, B, -1)  # [3, B, K]
     position_ids = torch.cat([batch.position_ids, position_ids], 2)  # [3, B, P + K]
+    # One pass for the whole group, then only the states that predict a completion token.
     hidden = run_text(policy, input_ids, segment_ids, position_ids, batch.prompts)  # [B, P + K, H]
-    source = predicted_at.gather(1, order)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
-    logps = target_logps(policy, hidden.gather(1, source)[valid], target_ids[valid])  # [N], N valid tokens
+    source_index = predicted_at.gather(1, order)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
+    logps = target_logps(
+        policy, hidden.gather(1, source_index)[is_valid], target_ids[is_valid]
+    )  # [N], N valid tokens
+    # Back from the packed order to [B, G, T].
     return torch.zeros(B, T * G, device=device).masked_scatter(mask, logps).view(B, T, G).transpose(1, 2)
 
 

@@ -32,23 +32,23 @@ class BoxFrame:
     units_y: int
 
     def to_units(self, box: Box) -> Box:
-        x, y = self.units_x / self.width, self.units_y / self.height
-        return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+        scale_x, scale_y = self.units_x / self.width, self.units_y / self.height
+        return box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y
 
     def to_text(self, box: Box) -> str:
         """A box in pixels as the model should write it, in whole units."""
-        return "[" + ", ".join(str(round(v)) for v in self.to_units(box)) + "]"
+        return "[" + ", ".join(str(round(coordinate)) for coordinate in self.to_units(box)) + "]"
 
     def to_pixels(self, box: Box) -> Box:
         return BoxFrame(self.units_x, self.units_y, self.width, self.height).to_units(box)
 
 
-def box_frame(name: str, width: int, height: int, grid: Tensor, patch_size: int) -> BoxFrame:
+def box_frame(frame_name: str, width: int, height: int, grid_thw: Tensor, patch_size: int) -> BoxFrame:
     """The frame `name` of an image of width × height pixels that became `grid` = (t, h, w) patches."""
-    if name == "relative1000":
+    if frame_name == "relative1000":
         return BoxFrame(width, height, 1000, 1000)
     # The size that the model sees comes from the grid: the processor rounds it to whole image tokens.
-    return BoxFrame(width, height, int(grid[2]) * patch_size, int(grid[1]) * patch_size)
+    return BoxFrame(width, height, int(grid_thw[2]) * patch_size, int(grid_thw[1]) * patch_size)
 
 
 # The paper's content in our words, and a short form that the embedded model was built with.
@@ -98,12 +98,6 @@ FAMILIES = {
 }
 
 
-def limit_pixels(family: Family, image: int, crop: int) -> Family:
-    """The family with other upper limits of pixels for image and crop."""
-    fewest = min(family.image_pixels[0], image), min(family.crop_pixels[0], crop)
-    return replace(family, image_pixels=(fewest[0], image), crop_pixels=(fewest[1], crop))
-
-
 @dataclass
 class Processor:
     """Turns text and images into a model's inputs."""
@@ -135,38 +129,44 @@ class EncodedPrompt:
 
 
 def encode(
-    processor: Processor, text: str, *images: Image.Image | ProcessedImage, crop: Image.Image | None = None
+    processor: Processor, request: str, *images: Image.Image | ProcessedImage, crop: Image.Image | None = None
 ) -> EncodedPrompt:
     """A prompt of full images, the crop if there is one, and the text, in the family's chat template."""
     family, image_processor = processor.family, processor.image_processor
-    limits = [(image, family.image_pixels) for image in images]
-    limits += [(crop, family.crop_pixels)] if crop is not None else []
-    processed = [process_image(image_processor, image, *pixels) for image, pixels in limits]
-    content = [{"type": "image"}] * len(processed) + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pixel_limits = [(image, family.image_pixels) for image in images]
+    pixel_limits += [(crop, family.crop_pixels)] if crop is not None else []
+    processed_images = [process_image(image_processor, image, *pixels) for image, pixels in pixel_limits]
+    message_content = [{"type": "image"}] * len(processed_images) + [{"type": "text", "text": request}]
+    messages = [{"role": "user", "content": message_content}]
+    chat_text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The template writes one placeholder per image; the model expects one per image token.
-    before, *after = prompt.split(processor.image_token)
-    counts = [int(image.grid_thw.prod()) // image_processor.merge_size**2 for image in processed]
-    prompt = before + "".join(processor.image_token * n + rest for n, rest in zip(counts, after, strict=True))
-    input_ids = processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]  # [P]
+    expanded_text, *text_parts = chat_text.split(processor.image_token)
+    token_counts = [int(image.grid_thw.prod()) // image_processor.merge_size**2 for image in processed_images]
+    for num_tokens, text_part in zip(token_counts, text_parts, strict=True):
+        expanded_text += processor.image_token * num_tokens + text_part
+    tokenized = processor.tokenizer(expanded_text, add_special_tokens=False, return_tensors="pt")
+    input_ids = tokenized["input_ids"][0]  # [P]
     # Without these, transformers silently gives image tokens one-dimensional positions.
-    types = (input_ids == processor.tokenizer.convert_tokens_to_ids(processor.image_token)).long()  # [P]
-    width, height = processed[0].size
-    grid, patch_size = processed[0].grid_thw, image_processor.patch_size
-    frame = box_frame(family.box_frame, width, height, grid, patch_size)
-    return EncodedPrompt(input_ids, types, processed, frame)
+    image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    mm_token_type_ids = (input_ids == image_token_id).long()  # [P]
+    width, height = processed_images[0].size
+    grid_thw, patch_size = processed_images[0].grid_thw, image_processor.patch_size
+    frame = box_frame(family.box_frame, width, height, grid_thw, patch_size)
+    return EncodedPrompt(input_ids, mm_token_type_ids, processed_images, frame)
 
 
 def process_image(
-    image_processor: Any, image: Image.Image | ProcessedImage, fewest: int, most: int
+    image_processor: Any, image: Image.Image | ProcessedImage, min_pixels: int, max_pixels: int
 ) -> ProcessedImage:
     """An image resized to between `fewest` and `most` pixels and cut into patches, unless it is already."""
     if isinstance(image, ProcessedImage):
         return image
-    size = {"shortest_edge": fewest, "longest_edge": most}  # Qwen's names, though both are areas
-    inputs = image_processor(image, size=size, return_tensors="pt")
-    return ProcessedImage(inputs["pixel_values"], inputs["image_grid_thw"][0], image.size)
+    area_limits = {
+        "shortest_edge": min_pixels,
+        "longest_edge": max_pixels,
+    }  # Qwen's names, though both are areas
+    image_inputs = image_processor(image, size=area_limits, return_tensors="pt")
+    return ProcessedImage(image_inputs["pixel_values"], image_inputs["image_grid_thw"][0], image.size)
 
 
 def opening(tokenizer: Any) -> str:
@@ -176,8 +176,8 @@ def opening(tokenizer: Any) -> str:
     return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
 
 
-def prompt_text(family: Family, task: str, think: bool = True, **words: str) -> str:
+def prompt_text(family: Family, task: str, think: bool = True, **template_values: str) -> str:
     """The text of a task (a key of PROMPTS), with the instruction to think unless `think` is False."""
-    template = PROMPTS[family.template]
-    text = template[task].format(units=UNITS[family.box_frame], **words)
-    return text + (template["think"] if think else "")
+    prompt_template = PROMPTS[family.template]
+    task_text = prompt_template[task].format(units=UNITS[family.box_frame], **template_values)
+    return task_text + (prompt_template["think"] if think else "")

@@ -14,6 +14,7 @@ Box = tuple[float, float, float, float]  # (x1, y1, x2, y2), right and bottom ed
 # At most nine digits on each side of the point: no number overflows, and matching stays linear in the text.
 NUMBER = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?)\s*"
 BOX = re.compile(rf"\s*\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\s*")
+FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ def answer_of(text: str) -> str | None:
     >>> answer_of("<think>top left</think><answer>[1, 2, 3, 4]</answer>")
     '[1, 2, 3, 4]'
     """
-    before, opening, rest = text.partition("<answer>")
-    answer, closing, after = rest.partition("</answer>")
-    complete = bool(opening and closing)
-    repeated = "</answer>" in before + after or "<answer>" in answer + after
-    return answer if complete and not repeated else None
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    answer_text, closing_tag, _ = text.partition("<answer>")[2].partition("</answer>")
+    return answer_text if closing_tag else None
 
 
 def parse_box(text: str) -> Box | None:
@@ -52,34 +52,35 @@ def parse_box(text: str) -> Box | None:
     match = BOX.fullmatch(answer_of(text) or "")
     if match is None:
         return None
-    x1, y1, x2, y2 = (float(number) for number in match.groups())
+    x1, y1, x2, y2 = (float(coordinate_text) for coordinate_text in match.groups())
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def iou(a: Box, b: Box) -> float:
+def iou(box_a: Box, box_b: Box) -> float:
     """Intersection over union of two boxes in one frame, from 0 to 1.
 
     >>> iou((0, 0, 2, 2), (1, 0, 3, 2))  # 2 of the 6 units that either box covers
     0.3333333333333333
     """
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    intersection = width * height
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    if not (width > 0 and height > 0 and union > 0):  # "not" catches a NaN too: all its comparisons are false
+    overlap_width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
+    overlap_height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
+    intersection_area = overlap_width * overlap_height
+    union_area = (
+        (box_a[2] - box_a[0]) * (box_a[3] - box_a[1])
+        + (box_b[2] - box_b[0]) * (box_b[3] - box_b[1])
+        - intersection_area
+    )
+    if not (
+        overlap_width > 0 and overlap_height > 0 and union_area > 0
+    ):  # "not" catches a NaN too: all its comparisons are false
         return 0.0
-    return min(1.0, intersection / union)
+    return min(1.0, intersection_area / union_area)
 
 
 def format_reward(text: str) -> float:
     """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once; else 0."""
-    if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
-        return 0.0
-    before, _, rest = text.partition("<think>")
-    _, _, rest = rest.partition("</think>")
-    between, _, rest = rest.partition("<answer>")
-    _, closing, after = rest.partition("</answer>")
-    return float(bool(closing) and not (before + between + after).strip())
+    tags_occur_once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return float(tags_occur_once and FORMAT.fullmatch(text) is not None)
 
 
 def reward(text: str, box: Box, alpha: float = 0.1) -> Reward:
@@ -92,6 +93,6 @@ def reward(text: str, box: Box, alpha: float = 0.1) -> Reward:
     0.7
     """
     predicted_box = parse_box(text)
-    overlap = iou(predicted_box, box) if predicted_box is not None else 0.0
-    structure = format_reward(text)
-    return Reward((1 - alpha) * overlap + alpha * structure, overlap, structure)
+    box_iou = iou(predicted_box, box) if predicted_box is not None else 0.0
+    format_score = format_reward(text)
+    return Reward((1 - alpha) * box_iou + alpha * format_score, box_iou, format_score)

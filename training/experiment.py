@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from evaluation.scores import compare, table
 from files.disk import write_json
 from models import add_lora, enable_gradient_checkpointing, load_policy
 from policy import Policy
-from prompts import limit_pixels
 from training import checks, pictures, run_folder
 from training.memory import phase
 from training.settings import MEMORY, Config, print_settings, resolve
@@ -45,7 +44,10 @@ def prepare(
     wanted = flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame")
     policy = load_policy(*wanted, dtype)
     cfg, origin = resolve(flags, policy.processor.family)
-    policy.processor.family = limit_pixels(policy.processor.family, cfg.image_pixels, cfg.crop_pixels)
+    family = policy.processor.family
+    image_limits = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
+    crop_limits = min(family.crop_pixels[0], cfg.crop_pixels), cfg.crop_pixels
+    policy.processor.family = replace(family, image_pixels=image_limits, crop_pixels=crop_limits)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return adapt(policy, cfg.lora_rank, cfg.seed), cfg, origin

@@ -1,0 +1,21 @@
+"""A sheet of cues to look at, for `python data.py show`."""
+
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageOps
+
+
+def contact_sheet(cues: Any, n: int) -> Image.Image:
+    """Cues 0 to n − 1, three a row: the image with its window, the crop, size class and description."""
+    sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
+    for i in range(n):
+        cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
+        full_image = ImageOps.contain(cue.image, (320, 240))
+        box = [v * full_image.width / cue.image.width for v in cue.box]
+        ImageDraw.Draw(full_image).rectangle(box, outline="magenta", width=2)
+        sheet.paste(full_image, (x, y))
+        x += full_image.width + 10
+        sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
+        label = f"{i}: {cue.size}\n{cue.text or ''}"
+        ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
+    return sheet
