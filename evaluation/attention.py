@@ -64,7 +64,7 @@ def attention_maps(policy: Policy, items: list[EncodedPrompt]) -> list[Tensor]:
         policy, batch.input_ids[:, :-1], batch.segment_ids[:, :-1], batch.position_ids[..., :-1], items, cache
     )
     # sdpa gives no weights, and eager attention adds its mask: a boolean one would hide nothing.
-    seen = group_mask(batch.segment_ids, queries=1)  # [B, 1, 1, P]
+    seen = group_mask(batch.segment_ids, num_queries=1)  # [B, 1, 1, P]
     mask = torch.zeros(seen.shape, dtype=policy.base_model.dtype, device=policy.device)
     mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
     ways = dict(attention_mask=mask, position_ids=batch.position_ids[..., -1:], past_key_values=cache)

@@ -199,7 +199,7 @@ def test_group_mask_by_hand():
         [0, 1, 1, 0, 1, 0],
         [0, 1, 0, 0, 0, 1],
     ]
-    assert group_mask(torch.tensor([[0, 1, 2, 1, 2]]), queries=2)[0, 0].int().tolist() == [
+    assert group_mask(torch.tensor([[0, 1, 2, 1, 2]]), num_queries=2)[0, 0].int().tolist() == [
         [1, 1, 0, 1, 0],
         [1, 0, 1, 0, 1],
     ]
