@@ -95,13 +95,13 @@ def test_the_change_of_a_claim_is_that_of_its_rows(results):
             assert claim["change"] == pytest.approx(change, abs=0.02)
 
 
-def test_the_readme_has_the_figures_of_results_json(results):
-    """Each line of its table: row, then questions, places, attributes, as report.figure writes them."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+def test_the_documentation_has_the_figures_of_results_json(results):
+    """Each line of its table: row, what it gets, then figures as report.figure writes them."""
+    page = (ROOT / "docs/embedded_model.md").read_text(encoding="utf-8")
+    part = page.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if " ± " in line or "| base" in line]
     assert len(lines) >= 8
-    for name, *figures in lines:
+    for name, _, *figures in lines:
         row = results["rows"][name.strip("* ")]
         columns = ("questions", "places", "attributes", "cue search")
         assert figures == [report.figure(row[column]) for column in columns], name
