@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -41,8 +42,8 @@ class CueConfig:
 
     source: str = "object"  # one of SOURCES
     tiny_ratio: float = 0.7  # share of tiny cues; the rest is small
-    padding: tuple[float, float] = (0.0, 0.1)  # of a tiny object's sides, on each side
-    scale: tuple[float, float] = (0.8, 2.0)  # of a tiny object's window: the window, not the crop's pixels
+    padding: tuple[float, float] = (0.0, 0.1)  # fraction of a tiny object's sides, added on each side
+    scale: tuple[float, float] = (0.8, 2.0)  # of a tiny object's window; the crop is not resampled
     min_side: int = 16  # pixels of the full image
 
 
@@ -83,13 +84,14 @@ def sample_cue_box(
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if not (x1 < x2 and y1 < y2):  # "not" catches a NaN too
         return None
-    # Only tiny objects are padded and scaled; larger windows hold enough context as they are.
+    # Only tiny objects are padded and scaled, both sides by one factor; larger ones bring enough context.
     window_scale = 1.0
     if size_class((x1, y1, x2, y2), width, height) == "tiny":
         window_scale = (1 + 2 * rng.uniform(*cfg.padding)) * rng.uniform(*cfg.scale)
     edges = []
     for low, high, limit in ((x1, x2, width), (y1, y2, height)):
-        # A crop needs 16 px a side to show anything; near an edge the window moves inward to have them.
+        # The box must be pixels that exist, so the window is cut at an edge of the image. Where it would drop
+        # below the minimum side, it moves inward instead.
         half = max(window_scale * (high - low), cfg.min_side) / 2
         start = max(0, min(round((low + high) / 2 - half), limit - cfg.min_side))
         end = min(limit, max(round((low + high) / 2 + half), start + cfg.min_side))
@@ -103,11 +105,13 @@ def sample_random_box(
     rng: random.Random, width: int, height: int, size: str, cfg: CueConfig, must_contain: Box | None = None
 ) -> Box | None:
     """A window of a size class anywhere in the image (Table 7), or around a box; None if it does not fit."""
-    low, high = {"tiny": (0.001, 0.01), "small": (0.01, 0.05), "large": (0.1, 0.3)}[size]
-    window_area, aspect_ratio = rng.uniform(low, high) * width * height, 2 ** rng.uniform(-1, 1)
+    min_share, max_share = {"tiny": (0.001, 0.01), "small": (0.01, 0.05), "large": (0.1, 0.3)}[size]
+    window_area, aspect_ratio = rng.uniform(min_share, max_share) * width * height, 2 ** rng.uniform(-1, 1)
     w = max(cfg.min_side, round((window_area * aspect_ratio) ** 0.5))
     h = max(cfg.min_side, round((window_area / aspect_ratio) ** 0.5))
-    x1, y1, x2, y2 = (round(v) for v in must_contain or (width, height, 0, 0))  # without one: any place
+    x1, y1, x2, y2 = (
+        round(v) for v in must_contain or (width, height, 0, 0)
+    )  # none: an inverted box allows any place
     x_range, y_range = (max(0, x2 - w), min(width - w, x1)), (max(0, y2 - h), min(height - h, y1))
     if x_range[0] > x_range[1] or y_range[0] > y_range[1]:
         return None
@@ -125,7 +129,7 @@ class Cues:
     cfg: CueConfig
     split: str
     seed: int
-    draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None where the window is of another class
+    draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None: draw again
     origin: str = "the scenes"
     left_out: tuple[LeftOut, ...] = ()  # annotations are counted at once, images when they are opened
 
@@ -141,7 +145,7 @@ class Cues:
 
 
 def scene_cues(cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, int] = (12, 16)) -> Cues:
-    """Cues from the embedded world; its tiny objects are near the least window, so they are not scaled."""
+    """Cues from the embedded world; tiny objects are close to the minimum side, so they are not scaled."""
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
         scene, side = scenes.draw_layout(rng, rng.randint(*num_objects)), scenes.SIDE
@@ -168,8 +172,8 @@ def coco_cues(
 ) -> Cues:  # fmt: skip
     """Cues from COCO's boxes; training and held-out cues never share an image.
 
-    exclude: a file of image ids to leave out; expressions: JSON of texts by annotation id; photos: what opens
-    the images, when a cue is drawn.
+    exclude: a file of image ids to leave out; expressions: JSON of texts by annotation id; photos: loads an
+    image when a cue is drawn.
     """
     if not images.is_dir():
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
@@ -194,8 +198,9 @@ def coco_cues(
             box, text = sample_random_box(rng, *annotation.size, size, cfg), None
         else:
             box, text = sample_cue_box(rng, annotation.box, *annotation.size, cfg), annotation.text
-        fits = box and size_class(box, *annotation.size) == size
-        image = photos.open(annotation.name, annotation.size) if fits else None
+        if box is None or size_class(box, *annotation.size) != size:
+            return None
+        image = photos.open(annotation.name, annotation.size)
         return image and Cue(image, box, size, text, name=annotation.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
@@ -214,8 +219,8 @@ def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
     return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
 
 
-def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Path | None) -> Cues:
-    """The cues that --data names; `files` are COCO's: annotations, images, exclude and expressions."""
+def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Any) -> Cues:
+    """The cues that --data names; `files` are those of coco_cues."""
     if not 0 <= cfg.tiny_ratio <= 1:
         raise UserError(f"--tiny-ratio {cfg.tiny_ratio} is no share: give 0 to 1.")
     if data == "scenes":
@@ -255,8 +260,8 @@ def cue_flags() -> FlagParser:
     """The flags of which cues are drawn, as a parent of each command that draws some."""
     parser = FlagParser(add_help=False)
     for name in ("annotations", "exclude", "expressions"):
-        parser.add_argument(f"--{name}", type=Path, help="of COCO")
-    parser.add_argument("--source", choices=SOURCES, default="object")
+        parser.add_argument(f"--{name}", type=Path, help="of COCO: needs --data coco")
+    parser.add_argument("--source", choices=SOURCES, default="object", help="what a cue is (Tables 5 to 7)")
     parser.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -59,7 +59,7 @@ def group_advantages(rewards: Tensor, loss_type: str = "token_mean") -> Tensor:
     centered = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     if loss_type != "dr_grpo":  # Dr. GRPO does not divide by the standard deviation
         centered = centered / (rewards.std(1, keepdim=True) + 1e-6)
-    # In float32 equal rewards have a std of about 1e-8, not 0; dividing by it would make advantages of 0.1.
+    # In float32, equal rewards can have a std of 6e-8 instead of 0, which would give advantages of 0.06.
     return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, centered)
 
 
@@ -67,7 +67,7 @@ def token_weights(mask: Tensor, loss_type: str, num_tokens: float, num_completio
     """The weight of each token in the loss of its optimizer step, [B, G, T]; 0 outside the mask.
 
     num_tokens, num_completions: N of the whole optimizer step, so the micro-batch size changes nothing.
-    token_mean  1 / Σ_i |o_i|       every token of the step counts the same
+    token_mean  1 / Σ_i |o_i|       every token of the step counts the same (as in DAPO)
     grpo        1 / (N · |o_i|)     every completion counts the same (the GRPO paper)
     dr_grpo     1 / (N · max_len)   no bonus for being short or long (Dr. GRPO); max_len is max_new_tokens
     """
@@ -92,15 +92,15 @@ def grpo_loss(
     >>> grpo_loss(logps, logps, None, torch.tensor([[2.0]]), weights, Config(beta=0.0))[0]  # ρ = 1: L = −A
     tensor(-2.)
     """
-    # One advantage for all tokens of a completion: only its end is rewarded.
+    # One advantage for all tokens: the reward is for the completion as a whole.
     advantage = advantages[..., None]  # [B, G, 1]
     is_completion = weights > 0  # [B, G, T]
-    # Importance ratio: 1 in the first step after a rollout, and then it moves.
+    # Importance ratio: differs from 1 only after the first update on a rollout.
     ratio = torch.exp(logps - old_logps)  # ρ = π / π_old
     clipped_ratio = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     # Pessimistic bound: a ratio outside the clip range gains nothing further.
     surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)  # J = min(ρA, clip(ρ)A)
-    # Where A < 0, ρA has no lower bound, so one unlikely token could dominate the step: the dual clip.
+    # Dual clip: where A < 0, ρA has no lower bound, so one token that became likely could dominate.
     bounded = torch.maximum(surrogate, cfg.dual_clip * advantage)  # J ≥ cA
     surrogate = torch.where(advantage < 0, bounded, surrogate)
     num_clipped = ((ratio * advantage > clipped_ratio * advantage) & is_completion).sum()
@@ -115,11 +115,11 @@ def grpo_loss(
 
 
 def learning_rate(update_index: int, cfg: Config) -> float:
-    """Linear warm-up, then linear decay to 0, or constant; `update` counts optimizer steps from 0."""
+    """Linear warm-up times linear decay to 0 (or times 1); `update_index` counts optimizer steps from 0."""
     total_updates = max(1, cfg.steps * cfg.updates * cfg.iterations)
     warmup_steps = max(1, round(cfg.warmup * total_updates))
     decay_factor = 1.0 if cfg.decay == "constant" else max(0.0, 1 - update_index / total_updates)
-    # update + 1: a warm-up that starts at 0 would waste the first step.
+    # update_index + 1: a warm-up that starts at 0 would waste the first step.
     return cfg.lr * min((update_index + 1) / warmup_steps, 1.0) * decay_factor
 
 
@@ -183,10 +183,10 @@ def apply_gradients(optimizer: Any, loss_scale: float, max_norm: float, finite: 
 def optimizer_step(
     policy: Policy, optimizer: Any, micro_batches: list, cfg: Config, loss_function: Callable = grpo_loss
 ) -> dict[str, float]:
-    """One optimizer step on micro-batches (batch, rollouts, advantages, old); returns its metrics.
+    """One optimizer step on micro-batches (batch, rollouts, advantages, old_logps); returns its metrics.
 
     Their gradients add up to the gradient of the whole, because the weights divide by tokens of the whole.
-    old: log-probabilities before the first of several steps; None if this is the only one.
+    old_logps: [B, G, T] before the first of several steps, or None if this is the only one.
     """
     num_tokens = sum(rollouts.mask.sum() for _, rollouts, _, _ in micro_batches).item()
     num_completions = sum(rollouts.finished.numel() for _, rollouts, _, _ in micro_batches)
@@ -197,7 +197,6 @@ def optimizer_step(
         # Equal rewards and no KL: the gradient is 0. Their tokens stay in the denominator.
         if cfg.beta == 0 and not advantages.any():
             continue
-        # Reference: the same model without its adapter.
         ref_logps = None
         if cfg.beta > 0:
             with torch.no_grad(), policy.reference():
@@ -265,7 +264,7 @@ LOCUS = Task()
 
 @dataclass
 class Group:
-    """The G completions of one prompt with their rewards and advantages, to be shown."""
+    """The G completions of one prompt with their rewards and advantages, for logs and pictures."""
 
     example: Example
     completions: list[str]
@@ -285,8 +284,8 @@ def train_step(
     batch = batch or sample_batch(policy.processor, cues, step, cfg, task.encode)
     # 2. Roll out: G completions of each prompt.
     rollouts = task.sample(policy, batch, step, cfg)
+    # 3. Reward: a rule that reads text, namely how well the predicted box overlaps the crop's.
     completions = decode_completions(policy, rollouts)  # B × G texts
-    # 3. Reward: how well each predicted box overlaps the crop's.
     scored = [task.score(texts, example, cfg) for texts, example in zip(completions, batch, strict=True)]
     rewards = torch.tensor([[r.total for r in row] for row in scored], device=policy.device)  # [B, G]
     # 4. Advantages: what is better than the rest of its own group, so no value model is needed.
@@ -301,7 +300,7 @@ def train_step(
 
 
 def completion_metrics(rewards: Tensor, scored: list, rollouts: Rollout, advantages: Tensor) -> dict:
-    """What metrics.jsonl records of a step's completions; names as in TRL."""
+    """What metrics.jsonl records of a step's completions; TRL's names where TRL has them."""
     flat = [r for row in scored for r in row]
     return {
         "reward": rewards.mean().item(),

@@ -51,7 +51,7 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     family_name = getattr(config, "locus_family", config.model_type)
     if family_name not in FAMILIES and frame is None:
-        raise UserError(f"--model {name} is of the unknown family {family_name}: name its --box-frame.")
+        raise UserError(f"--model {name} is of an unknown family, {family_name}: give its --box-frame.")
     folder_name = Path(name).name.lower()
     if family_name == "qwen2_5_vl" and (
         "mimo" in folder_name or config.text_config.vocab_size == MIMO_VOCABULARY
@@ -73,18 +73,20 @@ def load_policy(
     (_, family), (device, device_dtype) = read_family(name, frame), device_and_dtype()
     folder, dtype = model_folder(name), dtype or device_dtype
     quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
-    safe = dict(trust_remote_code=False)  # unset, transformers asks whether to run a model's own code
+    no_remote_code = dict(
+        trust_remote_code=False
+    )  # unset, transformers asks whether to run a model's own code
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
     load_kwargs = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if quantize else None)
-    # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. A pickle could run any code.
+    # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. Pickles could run any code.
     load_kwargs |= dict(attn_implementation="sdpa", use_safetensors=True)
     try:
         # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
         load_kwargs["device_map"] = {"": device}
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **load_kwargs, **safe)
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **safe)
-        image_processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **load_kwargs, **no_remote_code)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **no_remote_code)
+        image_processor = hf.AutoImageProcessor.from_pretrained(folder, **no_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     completion_prefix, qwen3 = opening(tokenizer), replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame)
@@ -92,7 +94,7 @@ def load_policy(
         family = replace(FAMILIES["qwen3_vl_thinking"], box_frame=family.box_frame)
     processor = Processor(tokenizer, image_processor, replace(family, opening=completion_prefix), "")
     for module in model.modules():
-        # On such CPUs the first forward repacks 4-bit weights, and no gradient passes them any more.
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights, and no gradient passes through them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return make_policy(model.eval().requires_grad_(False), processor, device)
@@ -121,7 +123,7 @@ def patch_embedding(conv: nn.Conv3d, patches: Tensor) -> Tensor:
 
 
 def enable_gradient_checkpointing(policy: Policy) -> Policy:
-    """The text layers keep their inputs alone, and run again for gradients."""
+    """The text layers keep only their inputs, and are recomputed in the backward pass."""
 
     def forward(original_forward: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():  # never in a rollout, so never with a cache
@@ -149,5 +151,7 @@ def load_adapter(policy: Policy, folder: Path) -> Policy:
         return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
     except (OSError, RuntimeError, ValueError) as error:
         error_text = str(error).splitlines()[0]
-        message = f"--adapter {folder} does not fit the model ({error_text}): give its own --model."
+        message = (
+            f"--adapter {folder} does not fit the model ({error_text}): pass the --model it was trained on."
+        )
         raise UserError(message) from None

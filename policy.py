@@ -9,7 +9,8 @@ What differs from a typical GRPO implementation:
 - The vision tower is frozen, so the features of an image are computed once.
 - Logits are computed for completion tokens only, a chunk at a time.
 
-Shapes: B prompts, G completions each, P prompt tokens, T completion tokens, H hidden size, V vocabulary.
+Shapes: B prompts, G completions each, P prompt tokens, T completion tokens, H hidden size, V vocabulary;
+in attention Q queries, L columns, A heads, K heads of keys, D head size.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -59,8 +60,8 @@ def grouped_query_attention(
 ) -> tuple[Tensor, None]:
     """SDPA for transformers, in which the heads that share keys are queries of one head, if there are few.
 
-    query: [B, A, Q, D]; key, value: [B, K, L, D]; mask: [B, 1, Q, L]. transformers copies the keys for each
-    of the A heads, so every token of a rollout would write and read several times its cache.
+    query: [B, A, Q, D]; key, value: [B, K, L, D]; attention_mask: [B, 1, Q, L]. transformers copies the keys
+    for each of the A heads, so every token of a rollout would write and read several times its cache.
     """
     (B, A, Q, D), heads_per_key = query.shape, query.shape[1] // key.shape[1]
     if attention_mask is None or Q > MAX_DECODE_QUERIES or heads_per_key == 1:
@@ -129,6 +130,7 @@ def collate(policy: Policy, prompts: list[EncodedPrompt]) -> Batch:
     )  # [3, B, P]
     # An image takes up fewer positions than tokens, so a completion starts after the largest one.
     completion_start = position_ids.masked_fill(attention_mask[None] == 0, -1).amax((0, 2)) + 1  # [B]
+    # Segments: 1 − 1 = 0 for a prompt token, 0 − 1 = −1 for padding.
     tensors = (input_ids, attention_mask - 1, position_ids, completion_start)
     return Batch(prompts, *(tensor.to(policy.device) for tensor in tensors))
 
@@ -153,7 +155,7 @@ def group_mask(segment_ids: Tensor, num_queries: int | None = None) -> Tensor:
     # Every completion sees the prompt, and the columns of its own segment; padding belongs to none.
     same_segment = (key_ids == query_ids[..., None]) & (key_ids > 0)  # [B, Q, L]
     is_visible = (key_ids == 0) | same_segment  # [B, Q, L]
-    # Never the future.
+    # Never a later column: when the query runs, it is not written yet.
     is_visible = is_visible & (key_index <= query_index)  # [B, Q, L]
     # Each token sees itself, padding included: a softmax over nothing would be NaN.
     return (is_visible | (key_index == query_index))[:, None]
@@ -201,14 +203,14 @@ class Rollout:
         longest = max(part.tokens.shape[2] for part in parts)
 
         def pad(tensor: Tensor) -> Tensor:
-            return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor  # [B, G, T]
+            return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor
 
         columns = zip(*((part.tokens, part.mask, part.logps, part.finished) for part in parts), strict=True)
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
 class PreallocatedCacheLayer(DynamicLayer):
-    """Keys and values of one layer, in memory for all columns: the library's would be copied every token."""
+    """Keys and values of one layer, allocated ahead: the library's cache is copied for every token."""
 
     def __init__(self, max_columns: int):
         super().__init__()
@@ -237,10 +239,10 @@ def rollout(
     """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
 
     The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the
-    cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g.
+    cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g (from 0).
     """
     G, segment_ids = num_generations, batch.segment_ids
-    # Read the prompts once, and keep their keys and values in a cache with room for all completions.
+    # Read the prompts once, and keep their keys and values.
     num_columns = batch.input_ids.shape[1] + G * max_new_tokens
     num_layers = policy.base_model.config.get_text_config().num_hidden_layers
     cache = hf.Cache(layers=[PreallocatedCacheLayer(num_columns) for _ in range(num_layers)])
@@ -248,7 +250,7 @@ def rollout(
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
     unfinished = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
-    completion_ids = torch.arange(1, G + 1, device=policy.device)  # [G]
+    completion_numbers = torch.arange(1, G + 1, device=policy.device)  # [G]
     all_finite = torch.ones((), dtype=torch.bool, device=policy.device)
     steps = []
     for t in range(max_new_tokens):
@@ -262,18 +264,17 @@ def rollout(
             next_tokens = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
         sampled_logps = logps.gather(-1, next_tokens[..., None])[..., 0]  # [B, G]
         steps.append((next_tokens, unfinished, sampled_logps * unfinished))
-        # A stop token counts as part of its completion; later tokens of it do not.
+        # Only now: the stop token itself is still part of its completion.
         unfinished = unfinished & ~torch.isin(next_tokens, policy.stop_ids)
         if t + 1 == max_new_tokens or not unfinished.any():
             break
         # A finished completion still fills its column, as padding that nothing sees.
-        segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_ids, -1)], 1)
+        segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_numbers, -1)], 1)
         position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
         hidden = run_text(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
     if not all_finite:
         reason = "its weights are damaged, or need a GPU that has bfloat16"
         raise UserError(f"The model's hidden states are not finite in {hidden.dtype}: {reason}.")
-    # From a list of T steps to tensors.
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
     return Rollout(tokens, mask, logps, ~unfinished)
 
@@ -307,8 +308,8 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
     (B, G, T), P, device = tokens.shape, batch.input_ids.shape[1], tokens.device
     # Sampling order: token 0 of all completions, then token 1 of all, as the rollout's cache has them.
     tokens, mask = tokens.transpose(1, 2).flatten(1), mask.transpose(1, 2).flatten(1)  # [B, T·G]
-    completion_ids = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
-    token_time = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
+    completion_numbers = torch.arange(1, G + 1, device=device).repeat(T)  # [T·G]
+    token_index = torch.arange(T, device=device).repeat_interleave(G)  # [T·G]
     # Packing drops the columns outside the mask, so token t of completion g moves to this column.
     packed_index = P + mask.cumsum(1) - 1  # [B, T·G]
     # A token is predicted one token earlier: at the prompt's last column for t = 0, else where t − 1 moved.
@@ -318,10 +319,10 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
     is_valid, target_ids = mask.gather(1, order), tokens.gather(1, order)  # [B, K]
     input_ids = target_ids.where(is_valid, batch.input_ids[:, -1:])  # [B, K]
     input_ids = torch.cat([batch.input_ids, input_ids], 1)  # [B, P + K]
-    segment_ids = torch.where(is_valid, completion_ids[order], -1)  # [B, K]
+    segment_ids = torch.where(is_valid, completion_numbers[order], -1)  # [B, K]
     segment_ids = torch.cat([batch.segment_ids, segment_ids], 1)  # [B, P + K]
     # Every completion starts at the same position, right after the prompt.
-    position_ids = (batch.completion_start[:, None] + token_time[order]).expand(3, B, -1)  # [3, B, K]
+    position_ids = (batch.completion_start[:, None] + token_index[order]).expand(3, B, -1)  # [3, B, K]
     position_ids = torch.cat([batch.position_ids, position_ids], 2)  # [3, B, P + K]
     # One pass for the whole group, then only the states that predict a completion token.
     hidden = run_text(policy, input_ids, segment_ids, position_ids, batch.prompts)  # [B, P + K, H]
@@ -336,11 +337,11 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
 def target_logps(policy: Policy, hidden: Tensor, target_ids: Tensor) -> Tensor:
     """float32 log softmax of the target tokens [N] from hidden states [N, H], a chunk at a time."""
 
-    def score(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
+    def chunk_logps(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
         logits = policy.base_model.lm_head(hidden_chunk).float() + policy.logit_bias  # [n, V]
         return logits.gather(-1, target_chunk[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
 
-    rows = max(1, LOGIT_CHUNK_SIZE // len(policy.logit_bias))
-    chunks = zip(hidden.split(rows), target_ids.split(rows), strict=True)
+    chunk_size = max(1, LOGIT_CHUNK_SIZE // len(policy.logit_bias))
+    chunks = zip(hidden.split(chunk_size), target_ids.split(chunk_size), strict=True)
     # Checkpointed: autograd would keep the logits of every chunk for the backward pass.
-    return torch.cat([checkpoint(score, h, ids, use_reentrant=False) for h, ids in chunks])
+    return torch.cat([checkpoint(chunk_logps, h, ids, use_reentrant=False) for h, ids in chunks])

@@ -44,7 +44,7 @@ class BoxFrame:
 
 
 def box_frame(frame_name: str, width: int, height: int, grid_thw: Tensor, patch_size: int) -> BoxFrame:
-    """The frame `name` of an image of width × height pixels that became `grid` = (t, h, w) patches."""
+    """The frame `frame_name` of an image of width × height pixels that became `grid_thw` patches."""
     if frame_name == "relative1000":
         return BoxFrame(width, height, 1000, 1000)
     # The size that the model sees comes from the grid: the processor rounds it to whole image tokens.
@@ -86,7 +86,7 @@ class Family:
     skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
 
 
-# Pixels are (28·28 or 32·32 of an image token) × tokens. A model that thinks at length gets room for it.
+# Pixels = image tokens × the pixels of one (28² or 32²). A model that thinks at length gets room for it.
 QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
 QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
@@ -112,7 +112,7 @@ class Processor:
 class ProcessedImage:
     """An image, cut into N patches by the image processor."""
 
-    pixel_values: Tensor  # [N, 3·2·patch·patch]
+    pixel_values: Tensor  # [N, 3·2·patch·patch]; emptied once the features are computed
     grid_thw: Tensor  # [3]: patches along time, height, width
     size: tuple[int, int]  # width and height of the image, in its own pixels
     features: list[Tensor] | None = None  # (1 + deepstack) × [image tokens, H], once they are computed
@@ -158,7 +158,7 @@ def encode(
 def process_image(
     image_processor: Any, image: Image.Image | ProcessedImage, min_pixels: int, max_pixels: int
 ) -> ProcessedImage:
-    """An image resized to between `fewest` and `most` pixels and cut into patches, unless it is already."""
+    """An image resized to between min_pixels and max_pixels and cut into patches, if it is not yet."""
     if isinstance(image, ProcessedImage):
         return image
     area_limits = {

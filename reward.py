@@ -13,8 +13,8 @@ Box = tuple[float, float, float, float]  # (x1, y1, x2, y2), right and bottom ed
 
 # At most nine digits on each side of the point: no number overflows, and matching stays linear in the text.
 NUMBER = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?)\s*"
-BOX = re.compile(rf"\s*\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\s*")
-FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+BOX_PATTERN = re.compile(rf"\s*\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\s*")
+FORMAT_PATTERN = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ def answer_of(text: str) -> str | None:
 def parse_box(text: str) -> Box | None:
     """b̂ = Parse(ŷ): the box (x1, y1, x2, y2) inside the one answer block, in the model's frame.
 
-    Spaces, line breaks and decimals are allowed. Anything beside the four numbers gives None, and so does a
-    box that is inverted or empty.
+    Spaces, line breaks and decimals are allowed, and up to nine digits on each side of the point. Anything
+    beside the four numbers gives None, and so does a box that is inverted or empty.
 
     >>> parse_box("<answer>[10, 20.5, 30, 40]</answer>")
     (10.0, 20.5, 30.0, 40.0)
     >>> parse_box("<answer>[30, 40, 10, 20]</answer>") is None
     True
     """
-    match = BOX.fullmatch(answer_of(text) or "")
+    match = BOX_PATTERN.fullmatch(answer_of(text) or "")
     if match is None:
         return None
     x1, y1, x2, y2 = (float(coordinate_text) for coordinate_text in match.groups())
@@ -80,19 +80,19 @@ def iou(box_a: Box, box_b: Box) -> float:
 def format_reward(text: str) -> float:
     """r_format: 1 if the text is `<think>…</think><answer>…</answer>`, each tag once; else 0."""
     tags_occur_once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return float(tags_occur_once and FORMAT.fullmatch(text) is not None)
+    return float(tags_occur_once and FORMAT_PATTERN.fullmatch(text) is not None)
 
 
-def reward(text: str, box: Box, alpha: float = 0.1) -> Reward:
+def reward(text: str, target_box: Box, alpha: float = 0.1) -> Reward:
     """r = (1 − α) · r_loc + α · r_format (Section 3.3), where r_loc = IoU(b̂, b*), or 0 without a valid b̂.
 
-    text: the completion, after the text that the prompt may have opened it with ("<think>" for a Thinking
-    template); box: the ground truth b* in the model's frame.
+    text: the completion, with the prefix that its chat template wrote ("<think>" for a Thinking model);
+    target_box: the ground truth b* in the model's frame.
 
     >>> reward("<think>top left</think><answer>[10, 20, 50, 80]</answer>", (10, 20, 50, 60)).total
     0.7
     """
     predicted_box = parse_box(text)
-    box_iou = iou(predicted_box, box) if predicted_box is not None else 0.0
+    box_iou = iou(predicted_box, target_box) if predicted_box is not None else 0.0
     format_score = format_reward(text)
     return Reward((1 - alpha) * box_iou + alpha * format_score, box_iou, format_score)
