@@ -1,93 +1,93 @@
-"""Does the model look at the evidence, does it find it, and do its answers hang on that (Figs. 2 and 4)?
+"""Does the model attend to the evidence, can it find it, and does its answer depend on that (Figs. 2 and 4)?
 
-Attention-in-Box: the attention of one position counts, the one that predicts the first token of the answer.
-So all of a prompt but its last token is read as ever, and only that token goes through attention that can be
-looked at: weights [heads, P] a layer, not [heads, P, P]; at 16,000 image tokens megabytes, not gigabytes.
+Attention-in-Box reads the attention of one position: that which predicts the first token of the answer. So
+all tokens of a prompt but the last run as usual, and only the last one runs with attention that returns its
+weights: [heads, P] per layer, not [heads, P, P]. At 16,000 image tokens that is megabytes, not gigabytes.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import ceil, floor
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
-from evaluation.heldout import HeldOutSet
+from evaluation.heldout import HeldOutSet, encode_find, predicted_box
 from evaluation.replies import box_of
-from evaluation.reply_cache import cached_generate
+from evaluation.reply_cache import Reply, cached_generate, cached_values
 from evaluation.scores import Scores, mean
 from policy import Policy, collate, group_mask, run_text
-from prompts import BoxFrame, EncodedPrompt, Processor, encode, prompt_text
+from prompts import EncodedPrompt, Processor
 from reward import Box, iou
 from tiny.scenes import Question
 
-BANDS = ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")  # Fig. 2's
+BANDS = ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")  # of predicted boxes, Fig. 2
 
-# ---------------------------------------------------------------- where it looks
+# ---------------------------------------------------------------- attention to the evidence
 
 
-def append_to_prompt(processor: Processor, item: EncodedPrompt, text: str) -> EncodedPrompt:
-    """A prompt with the first words of its answer: what comes next is then the token to look at."""
-    more = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]  # [n]
-    return replace(
-        item,
-        input_ids=torch.cat([item.input_ids, more]),
-        mm_token_type_ids=torch.cat([item.mm_token_type_ids, torch.zeros_like(more)]),
-    )
+def append_to_prompt(processor: Processor, prompt: EncodedPrompt, text: str) -> EncodedPrompt:
+    """A prompt with the beginning of its reply, whose last token then predicts what comes next."""
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]  # [n]
+    types = torch.cat([prompt.mm_token_type_ids, torch.zeros_like(ids)])  # [P + n]
+    return replace(prompt, input_ids=torch.cat([prompt.input_ids, ids]), mm_token_type_ids=types)
 
 
 def before_answer(processor: Processor, reply: str) -> tuple[str, str]:
-    """The part of a reply that precedes the first token of its answer, and that token's text.
+    """The part of a reply before the first token of its answer, and that token's text.
 
-    The answer is what <answer> holds, for a box its first digit; without such a block it is the whole reply.
+    The answer is what <answer> holds, for a box its first digit, or without an answer block the whole reply.
+
+    "<think>top left</think><answer>[12, 34, …]" → ("<think>top left</think><answer>[", "12")
     """
-    reply = reply.removeprefix(processor.family.opening)
-    _, opened, answer = reply.partition("<answer>")
-    answer = answer if opened else reply
-    answer = answer.lstrip().removeprefix("[")
-    prefix = reply[: len(reply) - len(answer)]
+    reply = reply.removeprefix(processor.family.opening)  # the prompt ends with it already
+    _, tag, answer = reply.partition("<answer>")
+    answer = (answer if tag else reply).lstrip().removeprefix("[")
     token_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return prefix, processor.tokenizer.decode(token_ids[:1]).strip()
+    return reply[: len(reply) - len(answer)], processor.tokenizer.decode(token_ids[:1]).strip()
 
 
 @torch.no_grad()
-def attention_maps(policy: Policy, items: list[EncodedPrompt]) -> list[Tensor]:
-    """Attention from each prompt's last token to its full image: [layers, rows, columns] of image tokens.
+def attention_maps(policy: Policy, prompts: list[EncodedPrompt]) -> list[Tensor]:
+    """Attention of each prompt's last token to its full image, averaged over the heads.
 
-    Averaged over the heads. The rows and columns are those of image_grid_thw divided by the merge size.
+    Returns [layers, rows, columns] for each prompt: one value per image token, on the grid of image_grid_thw
+    divided by the merge size.
     """
-    batch, cache = collate(policy, items), DynamicCache()
-    run_text(
-        policy, batch.input_ids[:, :-1], batch.segment_ids[:, :-1], batch.position_ids[..., :-1], items, cache
-    )
-    # sdpa gives no weights, and eager attention adds its mask: a boolean one would hide nothing.
-    seen = group_mask(batch.segment_ids, num_queries=1)  # [B, 1, 1, P]
-    mask = torch.zeros(seen.shape, dtype=policy.base_model.dtype, device=policy.device)
-    mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
-    ways = dict(attention_mask=mask, position_ids=batch.position_ids[..., -1:], past_key_values=cache)
+    batch, cache = collate(policy, prompts), DynamicCache()
+    # All tokens but the last fill the cache, in the usual fast attention.
+    earlier = batch.input_ids[:, :-1], batch.segment_ids[:, :-1], batch.position_ids[..., :-1]
+    run_text(policy, *earlier, prompts, cache)
+    # SDPA returns no weights. Eager attention does, but adds its mask, so a bool mask would hide nothing.
+    visible, dtype = group_mask(batch.segment_ids, 1), policy.base_model.dtype  # [B, 1, 1, P]
+    mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    kwargs = dict(attention_mask=mask, position_ids=batch.position_ids[..., -1:], past_key_values=cache)
     config = policy.base_model.config.get_text_config()
-    usual, config._attn_implementation = config._attn_implementation, "eager"
+    previous, config._attn_implementation = config._attn_implementation, "eager"
     try:
-        run = policy.base_model.model(batch.input_ids[:, -1:], use_cache=True, output_attentions=True, **ways)
+        output = policy.base_model.model(batch.input_ids[:, -1:], output_attentions=True, **kwargs)
     finally:
-        config._attn_implementation = usual
-    rows = torch.stack([layer[:, :, 0].float().mean(1) for layer in run.attentions], 1)  # [B, layers, P]
-    maps, merge = [], policy.processor.image_processor.merge_size
-    image = policy.base_model.config.image_token_id
-    for row, ids, item in zip(rows.cpu(), batch.input_ids.cpu(), items, strict=True):
-        height, width = (int(n) // merge for n in item.images[0].grid_thw[1:])
-        cells = (ids == image).nonzero()[: height * width, 0]  # the full image's tokens come first
-        maps.append(row[:, cells].view(-1, height, width))  # [layers, rows, columns]
+        config._attn_implementation = previous
+    # Each layer is [B, heads, 1, P].
+    weights = torch.stack(
+        [layer[:, :, 0].float().mean(1) for layer in output.attentions], 1
+    )  # [B, layers, P]
+    maps, merge_size = [], policy.processor.image_processor.merge_size
+    is_image = (batch.input_ids == policy.base_model.config.image_token_id).cpu()  # [B, P]
+    for row, is_image_row, prompt in zip(weights.cpu(), is_image, prompts, strict=True):
+        height, width = (int(n) // merge_size for n in prompt.images[0].grid_thw[1:])
+        columns = is_image_row.nonzero()[: height * width, 0]  # the full image's tokens come first
+        maps.append(row[:, columns].view(-1, height, width))  # [layers, rows, columns]
     return maps
 
 
 def touched_cells(boxes: list[Box], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Image tokens [rows, columns] that touch a box; boxes in pixels of an image of size (width, height)."""
+    """Which image tokens [rows, columns] touch a box; boxes in pixels of an image of size (width, height)."""
     inside = torch.zeros(shape, dtype=torch.bool)
-    x, y = shape[1] / size[0], shape[0] / size[1]  # tokens a pixel
+    x, y = shape[1] / size[0], shape[0] / size[1]  # tokens per pixel
     for x1, y1, x2, y2 in boxes:
         inside[max(0, floor(y1 * y)) : ceil(y2 * y), max(0, floor(x1 * x)) : ceil(x2 * x)] = True
     return inside
@@ -95,73 +95,67 @@ def touched_cells(boxes: list[Box], size: tuple[int, int], shape: tuple[int, int
 
 @dataclass
 class AttentionStats:
-    """How much of the attention to an image is in the boxes; `chance`: the share of tokens that touch one."""
+    """The share of the attention to an image that is on tokens that touch a box."""
 
-    aib: list[float]  # a layer each
+    aib: list[float]  # Attention-in-Box of each layer
     mean_aib: float  # of the map averaged over the layers
-    peak: float  # 1 if that map's highest token touches a box
-    chance: float
+    peak: float  # Peak-in-Box: 1 if the highest token of that map touches a box
+    chance: float  # the share of tokens that touch a box
 
 
-def attention_in_box(layers: Tensor, boxes: list[Box], size: tuple[int, int]) -> AttentionStats:
-    """Attention-in-Box of maps [layers, rows, columns]: the mass on tokens that touch a box over all mass."""
-    inside = touched_cells(boxes, size, layers.shape[1:])  # [rows, columns]
-    mean = layers.mean(0)  # [rows, columns]
-    aib = (layers * inside).sum((1, 2)) / layers.sum((1, 2))  # [layers]
-    peak = inside.flatten()[mean.argmax()]
-    mean_aib = (mean * inside).sum() / mean.sum()
-    return AttentionStats(aib.tolist(), mean_aib.item(), float(peak), inside.float().mean().item())
+def attention_in_box(maps: Tensor, boxes: list[Box], size: tuple[int, int]) -> AttentionStats:
+    """Attention-in-Box of maps [layers, rows, columns]: mass on tokens that touch a box ÷ mass on the image.
+
+    Boxes in pixels of an image of size (width, height).
+    """
+    inside = touched_cells(boxes, size, maps.shape[1:])  # [rows, columns]
+    average = maps.mean(0)  # [rows, columns]
+    aib = (maps * inside).sum((1, 2)) / maps.sum((1, 2))  # [layers]
+    mean_aib = (average * inside).sum() / average.sum()
+    peak, chance = inside.flatten()[average.argmax()], inside.float().mean()
+    return AttentionStats(aib.tolist(), mean_aib.item(), float(peak), chance.item())
 
 
 def measure_attention(
-    policy: Policy,
-    cache: MutableMapping,
-    name: str,
-    items: Sequence[EncodedPrompt],
-    boxes: list[list[Box]],
-    batch: int,
+    policy: Policy, cache: dict, name: str, prompts: Sequence, boxes: list[list[Box]], batch: int
 ) -> list[dict | None]:
-    """Attention-in-Box and Peak-in-Box of each prompt, boxes in pixels of its image; None: memory ran out."""
-    for start in tqdm(range(0, len(items), batch), desc=name, leave=False):
-        some = range(start, min(start + batch, len(items)))
-        if all(f"{name}/{i}" in cache for i in some):
-            continue
-        chunk = [items[i] for i in some]
-        try:
-            seen = zip(some, chunk, attention_maps(policy, chunk), strict=True)
-            looks = {
-                i: asdict(attention_in_box(maps, boxes[i], item.images[0].size)) for i, item, maps in seen
-            }
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            looks = dict.fromkeys(some)
-        for i in (i for i in some if f"{name}/{i}" not in cache):
-            cache[f"{name}/{i}"] = looks[i]
-    return [cache[f"{name}/{i}"] for i in range(len(items))]
+    """AttentionStats of each prompt as a dict, cached as `name/index`; None where memory ran out.
+
+    boxes: for each prompt, in pixels of its full image. batch: prompts per batch.
+    """
+
+    def compute(indices: range) -> list[dict | None]:
+        chunk = [prompts[i] for i in indices]
+        with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
+            rows = zip(attention_maps(policy, chunk), indices, chunk, strict=True)
+            return [asdict(attention_in_box(maps, boxes[i], p.images[0].size)) for maps, i, p in rows]
+        torch.cuda.empty_cache()
+        return [None] * len(chunk)
+
+    return cached_values(cache, name, range(len(prompts)), batch, compute)
 
 
-def add_attention(scores: Scores, looks: list[dict | None]) -> None:
-    """Attention into a model's scores: the means over the samples, layer by layer too."""
-    there = [seen for seen in looks if seen is not None]
+def add_attention(scores: Scores, stats: list[dict | None]) -> None:
+    """Adds attention to a model's scores: samples and their means, also layer by layer (Fig. 4)."""
     for name, key in (("aib", "mean_aib"), ("chance", "chance"), ("peak", "peak")):
-        scores.samples[name] = [seen and seen[key] for seen in looks]
-    layers = [mean(column) for column in zip(*(seen["aib"] for seen in there), strict=True)]
-    scores.summary["attention"] = {"n": len(there), "aib_by_layer": layers}
-    scores.summary["attention"] |= {
-        k: mean(seen[k] for seen in there) for k in ("mean_aib", "peak", "chance")
-    }
+        scores.samples[name] = [sample and sample[key] for sample in stats]
+    measured = [sample for sample in stats if sample is not None]
+    by_layer = [mean(layer) for layer in zip(*(sample["aib"] for sample in measured), strict=True)]
+    means = {key: mean(sample[key] for sample in measured) for key in ("mean_aib", "peak", "chance")}
+    scores.summary["attention"] = {"n": len(measured), "aib_by_layer": by_layer} | means
 
 
-# ---------------------------------------------------------------- grounding against answers
+# ---------------------------------------------------------------- found evidence against right answers
 
 
-def box_ious(said: list[tuple[str | None, BoxFrame]], boxes: list[Box]) -> list[float | None]:
-    """IoU of answered boxes with the true ones, in pixels; 0 where none parses, None where memory ran out."""
-    out: list[float | None] = []
-    for (text, frame), true_box in zip(said, boxes, strict=True):
-        box = text and box_of(text)
-        out.append(None if text is None else iou(frame.to_pixels(box), true_box) if box else 0.0)
-    return out
+def box_ious(replies: list[Reply], boxes: list[Box]) -> list[float | None]:
+    """IoU of each reply's box with the true one, in pixels of the image.
+
+    0 where a reply has no box, None where memory ran out.
+    """
+    predicted = [predicted_box(*reply, box_of) for reply in replies]
+    ious = [iou(box, true_box) if box else 0.0 for box, true_box in zip(predicted, boxes, strict=True)]
+    return [None if text is None else value for (text, _), value in zip(replies, ious, strict=True)]
 
 
 def band(value: float) -> str:
@@ -169,33 +163,34 @@ def band(value: float) -> str:
 
 
 def grounding_summary(ious: list[float | None], right: list[float | None]) -> dict[str, Any]:
-    """Do found evidence and right answers go together (Fig. 2)? And the 2 × 2 of found and answered."""
-    both = [(box, hit) for box, hit in zip(ious, right, strict=True) if None not in (box, hit)]
-    out: dict[str, Any] = {"n": len(both), "accuracy": {}}
-    for name in BANDS:
-        hits = [hit for box, hit in both if band(box) == name]
-        out["accuracy"][name] = {"accuracy": mean(hits), "n": len(hits)}
-    for name, wanted in (("right", 1.0), ("wrong", 0.0)):
-        some = [box for box, hit in both if hit == wanted]
-        out[name] = {"mean_iou": mean(some), "found": mean(box >= 0.5 for box in some), "n": len(some)}
-    cells = [(box >= 0.5, hit == 1) for box, hit in both]
-    out["counts"] = {"found and right": cells.count((True, True))}
-    out["counts"] |= {"found but misread": cells.count((True, False))}
-    out["counts"] |= {"not found but right": cells.count((False, True))}
-    return out | {"counts": out["counts"] | {"not found and wrong": cells.count((False, False))}}
+    """Are answers right where the evidence is found (Fig. 2)? Accuracy by band, IoU by answer, and counts."""
+    pairs = [pair for pair in zip(ious, right, strict=True) if None not in pair]
+    hits = {name: [hit for value, hit in pairs if band(value) == name] for name in BANDS}
+    by_band = {name: {"accuracy": mean(part), "n": len(part)} for name, part in hits.items()}
+    summary: dict[str, Any] = {"n": len(pairs), "accuracy": by_band}
+    for name, answer in (("right", 1.0), ("wrong", 0.0)):
+        values = [value for value, hit in pairs if hit == answer]
+        found = mean(value >= 0.5 for value in values)
+        summary[name] = {"mean_iou": mean(values), "found": found, "n": len(values)}
+    outcomes = [(value >= 0.5, hit == 1) for value, hit in pairs]  # (the box is found, the answer is right)
+    names = ("found and right", "found but misread", "not found but right", "not found and wrong")
+    cells = ((True, True), (True, False), (False, True), (False, False))
+    return summary | {"counts": {name: outcomes.count(cell) for name, cell in zip(names, cells)}}
 
 
 def add_grounding(scores: Scores, ious: list, right: list, base: Scores) -> None:
-    """Grounding into a model's scores; samples go into the bands of the base, so before and after pair."""
-    scores.summary["grounding"] = grounding_summary(ious, right)
-    scores.samples["grounding"] = ious
+    """Adds grounding to a model's scores: IoUs and right answers (1 or 0) of the same questions.
+
+    base: the scores of the base model. Its IoUs choose the band of a sample, so before and after are paired.
+    """
+    scores.summary["grounding"], scores.samples["grounding"] = grounding_summary(ious, right), ious
     for name in BANDS:
         pairs = zip(right, base.samples["grounding"], strict=True)
-        scores.samples[name] = [hit for hit, box in pairs if box is not None and band(box) == name]
-    both = [None if None in pair else pair for pair in zip(ious, right, strict=True)]
-    scores.samples["found"] = [pair and float(pair[0] >= 0.5) for pair in both]
-    scores.samples["misread"] = [pair and float(pair[0] >= 0.5 and not pair[1]) for pair in both]
-    scores.samples["not found"] = [pair and float(pair[0] < 0.5 and not pair[1]) for pair in both]
+        scores.samples[name] = [hit for hit, value in pairs if value is not None and band(value) == name]
+    pairs = [None if None in pair else pair for pair in zip(ious, right, strict=True)]
+    scores.samples["found"] = [pair and float(pair[0] >= 0.5) for pair in pairs]
+    scores.samples["misread"] = [pair and float(pair[0] >= 0.5 and not pair[1]) for pair in pairs]
+    scores.samples["not found"] = [pair and float(pair[0] < 0.5 and not pair[1]) for pair in pairs]
 
 
 # ---------------------------------------------------------------- both, on the questions about scenes
@@ -204,36 +199,29 @@ def add_grounding(scores: Scores, ious: list, right: list, base: Scores) -> None
 def reply_prefix(question: Question) -> str:
     """What the embedded model writes before the first token of its reply that depends on the evidence."""
     color, shape = question.name.split()
-    given = {"What shape": color, "What color": shape}.get(question.text[:10], f"{question.name}[")
-    return f"<think> {given}"
+    prefixes = {"What shape": color, "What color": shape}
+    return f"<think> {prefixes.get(question.text[:10], f'{question.name}[')}"
 
 
 def prefixed_questions(processor: Processor, held: HeldOutSet, n: int | None = None) -> list[EncodedPrompt]:
-    """The prompts of the (first n) held-out questions with the beginning of a reply, for `attention_maps`."""
+    """The prompts of the (first n) held-out questions, each with the beginning of its reply."""
     pairs = list(zip(held.question_prompts, held.scene_questions, strict=True))[:n]
-    return [append_to_prompt(processor, prompt, reply_prefix(q)) for prompt, (_, q) in pairs]
+    return [append_to_prompt(processor, prompt, reply_prefix(question)) for prompt, (_, question) in pairs]
 
 
 def analyse_questions(
-    policy: Policy,
-    held: HeldOutSet,
-    scores: Scores,
-    base: Scores,
-    cache: MutableMapping,
-    name: str,
-    limits: tuple,
+    policy: Policy, held: HeldOutSet, scores: Scores, base: Scores, cache: dict, name: str, limits: tuple
 ) -> None:
-    """Grounding and attention of every held-out question, into a model's scores.
+    """Adds grounding and attention of every held-out question to a model's scores.
 
-    limits: the longest reply in tokens, and prompts per batch.
+    base: those of the base model, which is analysed first. limits: the longest reply in tokens, and prompts
+    per batch.
     """
-    processor, find_prompts = policy.processor, []
-    for prompt, (_, question) in zip(held.question_prompts, held.scene_questions, strict=True):
-        text = prompt_text(processor.family, "text", text=question.name)
-        find_prompts.append(encode(processor, text, prompt.images[0]))
-    boxes = [question.box for _, question in held.scene_questions]
-    ious = box_ious(cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits), boxes)
+    questions = [question for _, question in held.scene_questions]
+    pairs = zip(questions, held.question_prompts, strict=True)
+    find_prompts = [encode_find(policy.processor, q.name, prompt.images[0]) for q, prompt in pairs]
+    replies = cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits)
+    ious = box_ious(replies, [question.box for question in questions])
     add_grounding(scores, ious, scores.samples["questions"], base)
-    prompts = prefixed_questions(processor, held)
-    stats = measure_attention(policy, cache, f"{name}/looks", prompts, [[box] for box in boxes], limits[1])
-    add_attention(scores, stats)
+    prompts, boxes = prefixed_questions(policy.processor, held), [[question.box] for question in questions]
+    add_attention(scores, measure_attention(policy, cache, f"{name}/looks", prompts, boxes, limits[1]))

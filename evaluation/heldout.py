@@ -1,32 +1,33 @@
-"""Held-out pictures: what a model is asked about them, before and after training, and how answers are scored.
+"""The held-out set: what a model does on images that it was not trained on, and how its replies are scored.
 
-Four tasks on one set of scenes: cue search (with a crop, what LOCUS trains), finding by text, questions about
-attributes and questions about places. The last three see one ordinary full image and no crop. Questions are
-asked a second time with everything but their evidence blacked out (context suppression, the paper's Table 1).
+Four tasks on the same scenes: cue search (image and crop, what LOCUS trains), finding by text, questions on
+attributes and questions on places. The last three show an ordinary full image and no crop. Each question
+comes a second time with everything but its evidence black (context suppression, the paper's Table 1).
+On photos there is cue search alone: we do not know their objects.
 """
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, takewhile
 from typing import Any
 
 from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
-from evaluation.reply_cache import cached_generate, default_batch_size
+from evaluation.reply_cache import Reply, cached_generate, default_batch_size
 from evaluation.scores import Scores, mean
 from policy import Policy, compute_image_features
-from prompts import BoxFrame, EncodedPrompt, encode, prompt_text
+from prompts import BoxFrame, EncodedPrompt, ProcessedImage, Processor, encode, prompt_text
 from reward import Box, answer_of, format_reward, iou, parse_box
 from tiny import scenes
 from tiny.scenes import Question, Scene, SceneObject
 
 
 class LazyList(Sequence):
-    """Cues or prompts that are made when asked for: of a thousand photos at once they would be gigabytes."""
+    """Cues or prompts that are made at each access: a thousand photos at once would be gigabytes."""
 
     def __init__(self, make: Callable[[Any], Any], items: Sequence):
         self.make, self.items = make, items
@@ -40,186 +41,187 @@ class LazyList(Sequence):
 
 @dataclass
 class HeldOutSet:
-    """Prompts with what decides them; the same objects are asked before and after training."""
+    """Prompts and what their replies are compared with; the same objects serve before and after training.
+
+    Only scenes have more than cue search, so for photos the other lists are empty.
+    """
 
     cues: Sequence[Cue]
     cue_prompts: Sequence[EncodedPrompt]
-    find_prompts: list[
-        EncodedPrompt
-    ]  # empty, as are the questions, where the cues have no scene to be right about
-    scene_questions: list[tuple[Scene, Question]]
-    question_prompts: list[EncodedPrompt]
-    suppressed_prompts: list[EncodedPrompt]  # the same questions, everything but the evidence black
+    find_prompts: list[EncodedPrompt] = field(default_factory=list)  # for the target object of each cue
+    scene_questions: list[tuple[Scene, Question]] = field(default_factory=list)
+    question_prompts: list[EncodedPrompt] = field(default_factory=list)
+    suppressed_prompts: list[EncodedPrompt] = field(default_factory=list)  # all but the evidence is black
+
+
+def encode_find(processor: Processor, text: str, image: ProcessedImage) -> EncodedPrompt:
+    """The prompt for the box of what a text describes."""
+    return encode(processor, prompt_text(processor.family, "text", text=text), image)
 
 
 def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOutSet:
-    """n held-out cues; of scenes also n findings by text and 2·n questions, half of them about places.
+    """n held-out cues; of scenes also n prompts to find by text and 2·n questions, half of them about places.
 
-    alone: only questions whose evidence shares none of its image tokens with another thing.
+    alone: only questions whose evidence shares none of its image tokens with another object.
     """
+    processor = policy.processor
     if cues[0].scene is None:
-        drawn = LazyList(cues.__getitem__, range(n))  # the i-th cue is the same every time
-        prompts = LazyList(partial(encode_cue, policy.processor, source="object"), drawn)
-        return HeldOutSet(drawn, prompts, [], [], [], [])
-    processor, out = policy.processor, HeldOutSet([], [], [], [], [], [])
-    missing, index = {"attribute": n, "place": n}, 0
-    bar = tqdm(total=n, desc="held-out samples", leave=False)
-    while len(out.cues) < n or any(missing.values()):
-        cue, rng = cues[index], random.Random(index)
+        photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
+        return HeldOutSet(photo_cues, LazyList(partial(encode_cue, processor, source="object"), photo_cues))
+    held, missing = HeldOutSet([], []), {"attribute": n, "place": n}
+    # A scene has at most one question of each kind, so they may need more scenes than the cues.
+    indices = takewhile(lambda index: index < n or any(missing.values()), count())
+    for index in tqdm(indices, total=n, desc="held-out samples", leave=False):
+        cue = cues[index]
         image = cue.image
-        index += 1
-        if len(out.cues) < n:
-            bar.update()
-            out.cues.append(cue)
-            out.cue_prompts.append(item := encode_cue(processor, cue, "object"))
-            image = item.images[0]  # processed and seen once for all that is asked about it
-            out.find_prompts.append(
-                encode(processor, prompt_text(processor.family, "text", text=cue.text), image)
-            )
+        if index < n:
+            held.cues.append(cue)
+            held.cue_prompts.append(encode_cue(processor, cue, "object"))
+            image = held.cue_prompts[-1].images[0]  # processed once for all prompts about it
+            held.find_prompts.append(encode_find(processor, cue.text, image))
         possible = [q for q in scenes.questions(cue.scene) if missing[q.kind]]
         if alone:
             possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.box)]
-        rng.shuffle(possible)
+        random.Random(index).shuffle(possible)
         for q in {q.kind: q for q in possible}.values():
-            out.scene_questions.append((cue.scene, q))
+            held.scene_questions.append((cue.scene, q))
             text = prompt_text(processor.family, "string", question=q.text)
-            out.question_prompts.append(encode(processor, text, image))
-            out.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.box)))
+            held.question_prompts.append(encode(processor, text, image))
+            held.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.box)))
             missing[q.kind] -= 1
-        if index % 32 == 0:  # always in the same company, whatever will be asked first
-            compute_image_features(
-                policy, [*out.cue_prompts[-32:], *out.question_prompts[-64:], *out.suppressed_prompts[-64:]]
-            )
-    compute_image_features(policy, [*out.cue_prompts, *out.question_prompts, *out.suppressed_prompts])
-    bar.close()
-    return out
+        # In batches that do not depend on what runs first: another batch would change the last digits.
+        if index % 32 == 31:
+            recent = [*held.question_prompts[-64:], *held.suppressed_prompts[-64:]]
+            compute_image_features(policy, [*held.cue_prompts[-32:], *recent])
+    compute_image_features(policy, [*held.cue_prompts, *held.question_prompts, *held.suppressed_prompts])
+    return held
 
 
-# ---------------------------------------------------------------- scores of samples, and their summaries
+# ---------------------------------------------------------------- scores of replies, and their summaries
+
+
+def object_at(scene: Scene, box: Box) -> SceneObject:
+    """The object of a scene that overlaps a box most."""
+    return max(scene.objects, key=lambda scene_object: iou(scene_object.box, box))
 
 
 def target_object(cue: Cue) -> SceneObject:
-    """The thing that a scene's cue window is about."""
-    return max(cue.scene.objects, key=lambda scene_object: iou(scene_object.box, cue.box))
+    """The object that a scene's cue window shows."""
+    return object_at(cue.scene, cue.box)
+
+
+def predicted_box(text: str | None, frame: BoxFrame, parse: Callable = parse_box) -> Box | None:
+    """The box of a reply in pixels of the full image; None where it has no valid box, or no text."""
+    box = parse(text or "")
+    return frame.to_pixels(box) if box else None
 
 
 def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dict[str, float] | None:
-    """IoU of an answered box with the true one, whether it parses and has the format, and whether it is on
-    the right thing, the one of the scene's that it overlaps most. None where memory ran out."""
+    """Scores of a reply that should give a box; true_box: in pixels of the full image.
+
+    Its IoU, whether it parses, its format reward, and whether the object that it overlaps most is the right
+    one, the cue's target. None where memory ran out.
+    """
     if text is None:
         return None
-    score = {"iou": 0.0, "parsed": 0.0, "format": format_reward(text), "right": 0.0}
-    answered = parse_box(text)
-    if answered is not None:
-        pixels = frame.to_pixels(answered)
-        score |= {"iou": iou(pixels, true_box), "parsed": 1.0}
-        if cue.scene is not None:
-            overlap, scene_object = max(
-                ((iou(t.box, pixels), t) for t in cue.scene.objects), key=lambda pair: pair[0]
-            )
-            score["right"] = float(overlap > 0 and scene_object == target_object(cue))
-    return score
+    box = predicted_box(text, frame)
+    score = {"iou": iou(box, true_box) if box else 0.0, "parsed": float(box is not None)}
+    found = object_at(cue.scene, box) if box and cue.scene else None
+    right = found is not None and iou(found.box, box) > 0 and found == target_object(cue)
+    return score | {"format": format_reward(text), "right": float(right)}
 
 
 def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
-    """Means over the cues that were answered (Table 10); `errors` counts the others, if there are any."""
-    there = [row for row in rows if row is not None]
-    means = {name: mean(row[name] for row in there) for name in ("iou", "right", "parsed", "format")}
-    out = {"mean_iou": means["iou"], "mean_iou_parsed": mean(row["iou"] for row in there if row["parsed"])}
-    out |= {f"acc{t}": mean(row["iou"] >= t / 100 for row in there) for t in (50, 75)}
-    out |= {"right_object": means["right"], "parse_rate": means["parsed"], "format": means["format"]}
-    return out | {"n": len(there)} | ({"errors": len(rows) - len(there)} if len(rows) > len(there) else {})
+    """Means of box scores (Table 10); `errors` counts the replies that memory was too small for, if any."""
+    rows, num_rows = [row for row in rows if row is not None], len(rows)
+    summary = {"mean_iou": mean(row["iou"] for row in rows)}
+    summary["mean_iou_parsed"] = mean(row["iou"] for row in rows if row["parsed"])
+    summary |= {f"acc{percent}": mean(row["iou"] >= percent / 100 for row in rows) for percent in (50, 75)}
+    names = {"right_object": "right", "parse_rate": "parsed", "format": "format"}
+    summary |= {key: mean(row[name] for row in rows) for key, name in names.items()} | {"n": len(rows)}
+    return summary | ({"errors": num_rows - len(rows)} if len(rows) < num_rows else {})
 
 
-def question_summary(right: list[float | None], asked: list[tuple[Scene, Question]]) -> dict:
-    """Accuracy in all, by number of things in the scene, by size of the evidence and by kind of question."""
-    groups: dict[str, dict[str, list]] = {k: defaultdict(list) for k in ("objects", "size", "kind")}
-    for hit, (scene, question) in zip(right, asked, strict=True):
-        side = question.box[2] - question.box[0]
-        groups["objects"][str(len(scene.objects))].append(hit)
-        groups["size"]["tiny" if side <= scenes.TINY_SIDES[1] else "small"].append(hit)
-        groups["kind"][question.kind].append(hit)
-    by = {f"by_{name}": {k: mean(group[k]) for k in sorted(group)} for name, group in groups.items()}
-    return {"accuracy": mean(right), "n": len(right)} | by
+def is_right(text: str | None, question: Question) -> float | None:
+    """1 if the answer block of a reply holds exactly the answer of a scene's question, else 0."""
+    return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
+
+
+def question_summary(right: list[float | None], scene_questions: list[tuple[Scene, Question]]) -> dict:
+    """Accuracy overall, by number of objects in a scene, by size of its evidence, by kind of question."""
+    summary, sides = {}, [question.box[2] - question.box[0] for _, question in scene_questions]
+    columns = {
+        "objects": [str(len(scene.objects)) for scene, _ in scene_questions],
+        "size": ["tiny" if side <= scenes.TINY_SIDES[1] else "small" for side in sides],
+        "kind": [question.kind for _, question in scene_questions],
+    }
+    for name, keys in columns.items():
+        samples = list(zip(keys, right, strict=True))
+        summary[f"by_{name}"] = {k: mean(hit for key, hit in samples if key == k) for k in sorted(set(keys))}
+    return {"accuracy": mean(right), "n": len(right)} | summary
 
 
 # ---------------------------------------------------------------- a model on the held-out set
 
 
 def evaluate(
-    policy: Policy, held: HeldOutSet, max_new_tokens: int, what: str = "evaluation", cache=None, batch=None
+    policy: Policy, held: HeldOutSet, max_new_tokens: int, name: str = "evaluation", cache=None, batch=None
 ) -> Scores:
-    """Greedy answers to all held-out prompts and their scores; `known` holds answers of an earlier try."""
-    cache, batch = {} if cache is None else cache, batch or default_batch_size(policy)
+    """Greedy replies to all held-out prompts, and their scores.
 
-    def ask(name: str, items: Sequence[EncodedPrompt]) -> list[tuple[str | None, BoxFrame]]:
-        return cached_generate(policy, cache, f"{what}/{name}", items, (max_new_tokens, batch))
+    name: of the model, with which its keys in the cache begin. cache: replies of an earlier, killed run, to
+    which new ones are added. batch: prompts per batch.
+    """
+    cache, limits = {} if cache is None else cache, (max_new_tokens, batch or default_batch_size(policy))
 
-    said = ask("cue search", held.cue_prompts)
-    rows = [box_score(*reply, cue.box, cue) for reply, cue in zip(said, held.cues, strict=True)]
-    answered = [(text and parse_box(text), frame) for text, frame in said]
-    boxes = [frame.to_pixels(box) if box else None for box, frame in answered]
+    def generate(task: str, prompts: Sequence[EncodedPrompt]) -> list[Reply]:
+        return cached_generate(policy, cache, f"{name}/{task}", prompts, limits)
+
+    # One access per cue: it opens a photo again.
+    cue_replies = generate("cue search", held.cue_prompts)
+    scored = [(box_score(*reply, c.box, c), c.size) for reply, c in zip(cue_replies, held.cues, strict=True)]
+    rows = [row for row, _ in scored]
+    by_size = {s: [row for row, size in scored if size == s] for s in ("tiny", "small")}
     summary, samples = {"cue": cue_summary(rows)}, {"cue": [row and row["iou"] for row in rows]}
-    sizes = {
-        size: [row for row, cue in zip(rows, held.cues) if cue.size == size] for size in ("tiny", "small")
-    }
-    summary["cue_by_size"] = {size: cue_summary(some) for size, some in sizes.items() if some}
+    summary["cue_by_size"] = {size: cue_summary(part) for size, part in by_size.items() if part}
     if held.find_prompts:
-        said = zip(ask("find", held.find_prompts), held.cues, strict=True)
-        rows = [box_score(*reply, target_object(cue).box, cue) for reply, cue in said]
-        samples |= {"find": [r and r["iou"] for r in rows], "find_right": [r and r["right"] for r in rows]}
-        summary["find"] = {"mean_iou": mean(samples["find"]), "right_object": mean(samples["find_right"])}
-        summary["find"]["n"] = len(rows)
-    asked = {"questions": held.question_prompts, "suppressed": held.suppressed_prompts}
-    for name, items in ((name, items) for name, items in asked.items() if items):
-        samples[name] = [
-            is_right(text, q) for (text, _), (_, q) in zip(ask(name, items), held.scene_questions)
-        ]
-        summary[name] = question_summary(samples[name], held.scene_questions)
-        for kind in ("attribute", "place"):
-            samples[f"{name}_{kind}"] = [
-                h for h, (_, q) in zip(samples[name], held.scene_questions) if q.kind == kind
-            ]
-    return Scores(summary, samples, boxes)
-
-
-def is_right(text: str | None, question: Question) -> float | None:
-    """Whether a question on a scene is answered: by the very word or words, in the answer block."""
-    return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
+        replies = zip(generate("find", held.find_prompts), held.cues, strict=True)
+        rows = [box_score(*reply, target_object(cue).box, cue) for reply, cue in replies]
+        ious, right = ([row and row[key] for row in rows] for key in ("iou", "right"))
+        samples |= {"find": ious, "find_right": right}
+        summary["find"] = {"mean_iou": mean(ious), "right_object": mean(right), "n": len(rows)}
+    kinds = [question.kind for _, question in held.scene_questions]
+    for task, prompts in (("questions", held.question_prompts), ("suppressed", held.suppressed_prompts)):
+        if prompts:
+            replies = zip(generate(task, prompts), held.scene_questions, strict=True)
+            samples[task] = right = [is_right(text, question) for (text, _), (_, question) in replies]
+            summary[task] = question_summary(right, held.scene_questions)
+            for kind in ("attribute", "place"):
+                samples[f"{task}_{kind}"] = [hit for hit, k in zip(right, kinds) if k == kind]
+    return Scores(summary, samples, [predicted_box(*reply) for reply in cue_replies])
 
 
 def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None) -> dict[str, float]:
-    """Mean IoU of cue search without searching: the whole image, a box in the centre of the mean cue's size,
-    and the untrained model's own two steps: name the crop, then find by that name."""
-    side = mean(math.sqrt((c.box[2] - c.box[0]) * (c.box[3] - c.box[1])) for c in held.cues) / 2
-    whole, centre = [], []
-    for cue in held.cues:
-        w, h = cue.image.size
-        whole.append(iou((0, 0, w, h), cue.box))
-        centre.append(iou((w / 2 - side, h / 2 - side, w / 2 + side, h / 2 + side), cue.box))
-    out = {"whole_image": mean(whole), "centre_box": mean(centre)}
+    """Mean IoU of cue search by rules that need no visual search.
+
+    The whole image as the box; a centred box of the mean cue's size; and on scenes, where the model can name
+    the crop and then find that name, those two steps.
+    """
+    windows = [(*cue.image.size, cue.box) for cue in held.cues]  # one access per cue: it opens a photo again
+    half = mean(math.sqrt((x2 - x1) * (y2 - y1)) for _, _, (x1, y1, x2, y2) in windows) / 2
+    centred = [((w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half), box) for w, h, box in windows]
+    summary = {"whole_image": mean(iou((0, 0, w, h), box) for w, h, box in windows)}
+    summary["centre_box"] = mean(iou(*boxes) for boxes in centred)
     if not held.find_prompts:
-        return out
-    family, cache, ways = (
-        policy.processor.family,
-        {} if cache is None else cache,
-        (max_new_tokens, default_batch_size(policy)),
-    )
-    naming = [
-        encode(policy.processor, prompt_text(family, "name"), *item.images) for item in held.cue_prompts
-    ]
-    names = [
-        (answer_of(text or "") or "").strip()
-        for text, _ in cached_generate(policy, cache, "names", naming, ways)
-    ]
-    prompts = [prompt_text(family, "text", text=name) for name in names]
-    images = [item.images[0] for item in held.cue_prompts]
-    items = [encode(policy.processor, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-    found = zip(cached_generate(policy, cache, "named", items, ways), held.cues, strict=True)
-    out["name_then_find"] = mean(
-        row and row["iou"] for row in (box_score(*reply, cue.box, cue) for reply, cue in found)
-    )
-    out["crop_named_right"] = mean(
-        n == target_object(cue).name for n, cue in zip(names, held.cues, strict=True)
-    )
-    return out
+        return summary
+    processor, limits = policy.processor, (max_new_tokens, default_batch_size(policy))
+    generate = partial(cached_generate, policy, {} if cache is None else cache, limits=limits)
+    text, images = prompt_text(processor.family, "name"), [prompt.images for prompt in held.cue_prompts]
+    replies = generate("names", [encode(processor, text, *pair) for pair in images])
+    names = [(answer_of(text or "") or "").strip() for text, _ in replies]
+    find_prompts = [encode_find(processor, name, full) for name, (full, _) in zip(names, images, strict=True)]
+    found = zip(generate("named", find_prompts), held.cues, strict=True)
+    rows = [box_score(*reply, cue.box, cue) for reply, cue in found]
+    summary["name_then_find"] = mean(row and row["iou"] for row in rows)
+    right = (name == target_object(cue).name for name, cue in zip(names, held.cues, strict=True))
+    return summary | {"crop_named_right": mean(right)}

@@ -1,7 +1,10 @@
-"""No prompt is run twice: each reply is a line on disk at once, and a killed run continues after it."""
+"""Greedy replies, and a cache on disk: each reply is a line of its file at once, so none is generated twice.
+
+A run that is killed repeats one batch at most.
+"""
 
 import json
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from itertools import islice
@@ -15,41 +18,41 @@ from files.errors import UserError
 from policy import Policy, collate, decode_completions, rollout
 from prompts import BoxFrame, EncodedPrompt
 
+Reply = tuple[str | None, BoxFrame]  # the text, None where memory ran out, and the frame of the boxes in it
+
 
 class ReplyCache(dict):
-    """What is known, by key; whatever is added is a line of its file at once. First the settings."""
+    """A dict whose entries are lines of a file: first the settings, then a [key, value] each."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
+        """Reads what the file holds; UserError if its settings are other ones, or if it is another file."""
         super().__init__()
-        whole = b""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                whole = path.read_bytes()
-                whole = whole[: whole.rfind(b"\n") + 1]  # a kill can tear the last line
-            lines = [json.loads(line) for line in whole.splitlines()]
-            begun, pairs = (lines[0] if lines else settings), [(str(key), value) for key, value in lines[1:]]
-            differ = [name for name in settings | begun if settings.get(name) != begun.get(name)]
-            differ = [f"{name}: {begun.get(name)}, not {settings.get(name)}" for name in differ]
+            self.file = path.open("a+b")
+            self.file.seek(0)
+            content = self.file.read()
+            content = content[: content.rfind(b"\n") + 1]  # a kill can tear the last line
+            stored, *entries = [json.loads(line) for line in content.splitlines()] or [settings]
+            differing = [name for name in settings | stored if settings.get(name) != stored.get(name)]
+            entries = {str(key): value for key, value in entries}
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no journal of answers ({error}): give another --out.") from None
-        if differ:
-            raise UserError(
-                f"{path} was begun with other settings ({', '.join(differ)}): give those, or another folder."
-            )
-        self.file = path.open("r+b" if path.exists() else "w+b")
-        self.file.truncate(len(whole))
-        self.file.seek(len(whole))
-        for key, value in pairs:
-            if value and value[0] is not None if isinstance(value, list) else value is not None:
-                super().__setitem__(key, value)  # what memory was too small for is tried again
-        if not lines:
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a file of replies ({error}): give another --out.") from None
+        if differing:
+            changes = ", ".join(f"{name}: {stored.get(name)}, not {settings.get(name)}" for name in differing)
+            raise UserError(f"{path} is of other settings ({changes}): give those, or another folder.")
+        self.file.truncate(len(content))
+        if not content:
             self.write(settings)
+        for key, value in entries.items():
+            first = value[:1] if isinstance(value, list) else [value]
+            if first not in ([], [None]):  # a prompt that memory was too small for is tried again
+                super().__setitem__(key, value)
 
-    def write(self, content: Any) -> None:
-        self.file.write((json.dumps(content) + "\n").encode())
+    def write(self, line: Any) -> None:
+        self.file.write((json.dumps(line) + "\n").encode())
         self.file.flush()
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -57,52 +60,63 @@ class ReplyCache(dict):
         super().__setitem__(key, value)
 
 
+def cached_values(cache: dict, name: str, keys: Iterable, batch: int, compute: Callable) -> list:
+    """The value of each `name/key`, from the cache where it is there.
+
+    compute: from the indices of a batch (a range) to the batch's values; called where a value is missing.
+    """
+    keys = [f"{name}/{key}" for key in keys]
+    for start in tqdm(range(0, len(keys), batch), desc=name, leave=False):
+        indices = range(start, min(start + batch, len(keys)))
+        if all(keys[i] in cache for i in indices):
+            continue
+        # A batch that lacks one value runs as a whole: in another batch, the last digits would differ.
+        for i, value in zip(indices, compute(indices), strict=True):
+            if keys[i] not in cache:
+                cache[keys[i]] = value
+    return [cache[key] for key in keys]
+
+
+# ---------------------------------------------------------------- replies
+
+
 def default_batch_size(policy: Policy) -> int:
-    """Prompts in a batch of answers: full images of a large model fill a GPU soon."""
+    """Prompts per batch of replies: full images of a large model soon fill a GPU."""
     return 4 if policy.device.type == "cuda" else 128
 
 
 def generate_replies(
-    policy: Policy, items: Iterable[EncodedPrompt], max_new_tokens: int, batch: int | None = None
-) -> Iterator[tuple[str | None, BoxFrame]]:
-    """Greedy answers in the order of the prompts, by the rollout's own loop; None where memory ran out.
+    policy: Policy, prompts: Iterable[EncodedPrompt], max_new_tokens: int, batch: int | None = None
+) -> Iterator[Reply]:
+    """A greedy reply to each prompt, in their order, by the rollout's own loop.
 
-    What does not fit as a batch is asked one by one, so only a prompt that is too large by itself is lost.
-    With each answer comes the frame of the boxes in it.
+    Where a batch does not fit into memory, its prompts run one at a time, so only a prompt that is too large
+    by itself gets no reply.
     """
-    items = iter(items)
-    while chunk := list(islice(items, batch or default_batch_size(policy))):
-        said = None
-        with suppress(torch.OutOfMemoryError):  # inside an except block it would hold what did not fit
-            said = decode_completions(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
-        if said is not None:
-            yield from ((text, item.frame) for (text,), item in zip(said, chunk, strict=True))
-            continue
-        torch.cuda.empty_cache()
-        one_by_one = generate_replies(policy, chunk, max_new_tokens, 1)
-        yield from [(None, chunk[0].frame)] if len(chunk) == 1 else one_by_one
+    prompts = iter(prompts)
+    while chunk := list(islice(prompts, batch or default_batch_size(policy))):
+        replies = None
+        with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
+            texts = decode_completions(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
+            replies = [(text, prompt.frame) for (text,), prompt in zip(texts, chunk, strict=True)]
+        if replies is None:
+            torch.cuda.empty_cache()
+            one_by_one = generate_replies(policy, chunk, max_new_tokens, 1)
+            replies = one_by_one if len(chunk) > 1 else [(None, chunk[0].frame)]
+        yield from replies
 
 
 def cached_generate(
-    policy: Policy,
-    cache: MutableMapping,
-    name: str,
-    items: Sequence[EncodedPrompt],
-    ways: tuple[int, int],
-    keys=None,
-) -> list[tuple[str | None, BoxFrame]]:
-    """Answers to all the prompts, by `ways`: longest answer, prompts at a time. What `known` holds stays.
+    policy: Policy, cache: dict, name: str, prompts: Sequence, limits: tuple[int, int], keys: Sequence = ()
+) -> list[Reply]:
+    """A greedy reply to each prompt, kept in the cache as `name/key`; the keys are 0, 1, 2 … by default.
 
-    A batch that is half known is asked as a whole: its figures hang, in the last digits, on its company.
+    limits: the longest reply in tokens, and the number of prompts per batch.
     """
-    names = [f"{name}/{key}" for key in keys or range(len(items))]
-    for start in tqdm(range(0, len(names), ways[1]), desc=name, leave=False):
-        some = range(start, min(start + ways[1], len(names)))
-        if all(names[i] in cache for i in some):
-            continue
-        for i, (text, frame) in zip(
-            some, generate_replies(policy, (items[i] for i in some), *ways), strict=True
-        ):
-            if names[i] not in cache:
-                cache[names[i]] = [text, *astuple(frame)]
-    return [(cache[key][0], BoxFrame(*cache[key][1:])) for key in names]
+
+    def compute(indices: range) -> Iterator[list]:
+        replies = generate_replies(policy, (prompts[i] for i in indices), *limits)
+        return ([text, *astuple(frame)] for text, frame in replies)
+
+    rows = cached_values(cache, name, keys or range(len(prompts)), limits[1], compute)
+    return [(text, BoxFrame(*frame)) for text, *frame in rows]

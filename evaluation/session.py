@@ -10,23 +10,23 @@ from evaluation.reply_cache import ReplyCache, cached_generate, default_batch_si
 from files.disk import file_stats, fingerprint
 from files.errors import model_folder
 from policy import Policy
-from prompts import PROMPTS, EncodedPrompt, Processor
+from prompts import PROMPTS, Processor
 
-LONGEST = 8192  # tokens of an answer to a benchmark, the paper's
+MAX_TOKENS = 8192  # of a reply to a benchmark by a model that is told to think: the paper's limit
 
 
 @dataclass
 class Session:
-    """What every task needs."""
+    """What every task of eval.py needs."""
 
     policy: Policy
     args: argparse.Namespace
     cache: ReplyCache
-    folder: Path
+    folder: Path  # of results.json
 
     @property
     def model_names(self) -> list[str]:
-        """For people: the titles of the models in the order of `each_model`."""
+        """The models' titles in attention.png, in the order of `each_model`."""
         return ["base model", "with adapter"][: 1 + (self.args.adapter is not None)]
 
     def each_model(self) -> Iterator[str]:
@@ -38,28 +38,28 @@ class Session:
 
     @property
     def processor(self) -> Processor:
-        """For pictures as large as the model's own settings allow, not as training limits them."""
+        """With images up to the size that the checkpoint itself allows: the limits are those of training."""
         processor, size = self.policy.processor, self.policy.processor.image_processor.size
         pixels = (size["shortest_edge"], size["longest_edge"])
         return replace(processor, family=replace(processor.family, image_pixels=pixels))
 
     def generation_limits(self, benchmark: bool = False) -> tuple[int, int]:
-        """The longest answer in tokens, and how many prompts at a time."""
+        """The longest reply in tokens, and the number of prompts per batch."""
         family = self.policy.processor.family
-        usual = LONGEST if benchmark and PROMPTS[family.template]["think"] else family.max_new_tokens
-        return self.args.max_new_tokens or usual, self.args.batch or default_batch_size(self.policy)
+        longest = MAX_TOKENS if benchmark and PROMPTS[family.template]["think"] else family.max_new_tokens
+        return self.args.max_new_tokens or longest, self.args.batch or default_batch_size(self.policy)
 
-    def generate(
-        self, name: str, items: Sequence[EncodedPrompt], keys: list | None = None, benchmark: bool = False
-    ) -> list:
-        return cached_generate(self.policy, self.cache, name, items, self.generation_limits(benchmark), keys)
+    def generate(self, name: str, prompts: Sequence, keys: Sequence = (), benchmark: bool = False) -> list:
+        """A Reply to each prompt, from the cache where it is there; see `cached_generate`."""
+        limits = self.generation_limits(benchmark)
+        return cached_generate(self.policy, self.cache, name, prompts, limits, keys)
 
 
 def open_session(policy: Policy, args: argparse.Namespace) -> Session:
-    """A run with its reply cache, in a folder beside the adapter; other settings have another folder."""
-    settings = {name: str(value) for name, value in vars(args).items() if value is not None}
-    settings = {name: value for name, value in settings.items() if name != "out"}
+    """A run with its reply cache, in a folder beside the adapter; other settings get another folder."""
+    settings = {key: str(value) for key, value in vars(args).items() if key != "out" and value is not None}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
+    # Files that change under the same name make other replies, so their dates are settings too.
     for path in inputs:
         if path is not None and Path(path).exists():
             settings[f"{path} as of"] = fingerprint(file_stats(Path(path)))
