@@ -41,7 +41,7 @@ def before_answer(processor: Processor, reply: str) -> tuple[str, str]:
 
     The answer is what <answer> holds, for a box its first digit, or without an answer block the whole reply.
 
-    "<think>top left</think><answer>[12, 34, …]" → ("<think>top left</think><answer>[", "12")
+    "<think>top left</think><answer>[12, 34, …]" gives ("<think>top left</think><answer>[", "1").
     """
     reply = reply.removeprefix(processor.family.opening)  # the prompt ends with it already
     _, tag, answer = reply.partition("<answer>")

@@ -128,8 +128,8 @@ def tsv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 start += len(line)
 
     for number, cells in enumerate(csv.DictReader(lines(), delimiter="\t"), 2):
-        if None in cells or None in cells.values():  # DictReader's marks of too many cells, and of too few
-            raise ValueError("it has not as many cells as the header")
+        if None in cells or None in cells.values():  # so DictReader marks rows of too many or too few cells
+            raise ValueError(f"row {number} does not have as many cells as the header")
         columns = {name.replace("l2_category", "l2-category"): cell.strip() for name, cell in cells.items()}
         yield number, {name: cell for name, cell in columns.items() if cell not in ("", "nan")}
 

@@ -89,7 +89,7 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
             held.question_prompts.append(encode(processor, text, image))
             held.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.box)))
             missing[q.kind] -= 1
-        # In batches that do not depend on what runs first: another batch would change the last digits.
+        # In fixed batches, whatever runs first: in other batches the last digits of features would differ.
         if index % 32 == 31:
             recent = [*held.question_prompts[-64:], *held.suppressed_prompts[-64:]]
             compute_image_features(policy, [*held.cue_prompts[-32:], *recent])
@@ -143,7 +143,7 @@ def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
 
 
 def is_right(text: str | None, question: Question) -> float | None:
-    """1 if the answer block of a reply holds exactly the answer of a scene's question, else 0."""
+    """1 if a reply's answer block is exactly the answer to a scene's question, else 0; None without a reply."""
     return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
 
 

@@ -25,7 +25,7 @@ class ReplyCache(dict):
     """A dict whose entries are lines of a file: first the settings, then a [key, value] each."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """Reads what the file holds; UserError if its settings are other ones, or if it is another file."""
+        """Reads the entries of a killed run; UserError where the file has other settings or is no such file."""
         super().__init__()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class ReplyCache(dict):
 
 
 def cached_values(cache: dict, name: str, keys: Iterable, batch: int, compute: Callable) -> list:
-    """The value of each `name/key`, from the cache where it is there.
+    """The value of each `name/key`: the cached one, or a new one, which the cache then keeps.
 
     compute: from the indices of a batch (a range) to the batch's values; called where a value is missing.
     """

@@ -50,7 +50,7 @@ class Session:
         return self.args.max_new_tokens or longest, self.args.batch or default_batch_size(self.policy)
 
     def generate(self, name: str, prompts: Sequence, keys: Sequence = (), benchmark: bool = False) -> list:
-        """A Reply to each prompt, from the cache where it is there; see `cached_generate`."""
+        """A Reply to each prompt, from the cache where it holds one; see `cached_generate`."""
         limits = self.generation_limits(benchmark)
         return cached_generate(self.policy, self.cache, name, prompts, limits, keys)
 

@@ -1,4 +1,4 @@
-"""eval.py as a program: scenes, benchmarks, one's own picture, killed runs, memory that runs out."""
+"""eval.py as a program: scenes, benchmarks, an image of one's own, killed runs, memory that runs out."""
 
 import json
 import sys
@@ -18,16 +18,21 @@ from models import add_lora, load_policy
 from tiny import scenes
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
-    """An adapter of the embedded model that changes its answers a little."""
+def save_adapter(folder: Path, std: float) -> Path:
+    """A random adapter of the embedded model; the larger std, the more its replies differ from the base's."""
     policy = add_lora(load_policy("tiny", load_in_4bit=False), 4)
+    torch.manual_seed(0)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    folder = tmp_path_factory.mktemp("run") / "adapter"
+            torch.nn.init.normal_(parameter, std=std)
     policy.model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter that changes replies a little."""
+    return save_adapter(tmp_path_factory.mktemp("run") / "adapter", std=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_scenes_give_every_row_before_and_after(adapter, tmp_path, capsys):
     code, results = run("scenes", "--adapter", adapter, "--n", 6, "--out", tmp_path)
     assert code == 0
     printed = capsys.readouterr().out
-    rows = ["cue search (IoU)", "find by text (IoU)", "questions", "questions, suppressed", "answers at base"]
+    rows = ["cue search (IoU)", "find by text (IoU)", "questions", "questions, rest", "answers at base"]
     for row in [*rows, "found (IoU", "found but misread", "Attention-in-Box", "Peak-in-Box"]:
         (line, *_) = [line for line in printed.splitlines() if line.startswith(row)]
         assert "±" in line, row
@@ -73,11 +78,11 @@ def test_scenes_give_every_row_before_and_after(adapter, tmp_path, capsys):
         assert sum(part["n"] for part in grounding["accuracy"].values()) == 12
         assert len(attention["aib_by_layer"]) == 4 and 0 < attention["chance"] < attention["mean_aib"] < 1
     assert results["change"]["aib"]["n"] == 12 and results["change"]["aib"]["change"] != 0
-    with Image.open(tmp_path / "attention.png") as picture:
-        assert picture.width == 3 * 320, "the picture, the base's map, the adapted model's map"
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.width == 3 * 320, "the image, the base's map, the adapted model's map"
 
 
-def test_vstar_answers_suppresses_grounds_and_looks(adapter, vstar, tmp_path):
+def test_vstar_measures_answers_suppression_grounding_and_attention(adapter, vstar, tmp_path):
     code, results = run("vstar", "--data", vstar, "--adapter", adapter, "--out", tmp_path)
     assert code == 0
     for side in ("before", "after"):
@@ -90,30 +95,29 @@ def test_vstar_answers_suppresses_grounds_and_looks(adapter, vstar, tmp_path):
     assert raw[0][0].startswith("<think>"), "the reply is kept as it was given"
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(adapter, vstar, tmp_path, monkeypatch):
-    ways = ("vstar", "--data", vstar, "--adapter", adapter, "--batch", 4)
-    assert run(*ways, "--out", tmp_path / "whole")[0] == 0
+def test_a_killed_run_resumes_and_ends_the_same(adapter, vstar, tmp_path, monkeypatch):
+    flags = ("vstar", "--data", vstar, "--adapter", adapter, "--batch", 4)
+    assert run(*flags, "--out", tmp_path / "whole")[0] == 0
     whole = (tmp_path / "whole" / "answers.jsonl").read_bytes()
     (tmp_path / "killed").mkdir()
-    asked = []
-    real = reply_cache.rollout
+    prompts, real = [], reply_cache.rollout
 
     def counted(policy, batch, *rest):
-        asked.extend(batch.prompts)
+        prompts.extend(batch.prompts)
         return real(policy, batch, *rest)
 
     monkeypatch.setattr(reply_cache, "rollout", counted)
-    for cut in (len(whole) // 3, len(whole) - 5, len(whole) // 40):  # in the middle of a line, most likely
-        (tmp_path / "killed" / "answers.jsonl").write_bytes(whole[:cut])
-        asked.clear()
-        assert run(*ways, "--out", tmp_path / "killed")[0] == 0
-        kept = sum("looks" not in line for line in whole[:cut].decode().splitlines()[1:-1])
-        assert 48 - kept <= len(asked) < 48 - kept + 4, "at most one batch is asked twice"
+    for length in (len(whole) // 3, len(whole) - 5, len(whole) // 40):  # most likely in the middle of a line
+        (tmp_path / "killed" / "answers.jsonl").write_bytes(whole[:length])
+        prompts.clear()
+        assert run(*flags, "--out", tmp_path / "killed")[0] == 0
+        kept = sum("looks" not in line for line in whole[:length].decode().splitlines()[1:-1])
+        assert 48 - kept <= len(prompts) < 48 - kept + 4, "at most one batch runs twice"
         for name in ("answers.jsonl", "results.json"):
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_other_settings_refuse_to_go_on(vstar, tmp_path, capsys):
+def test_other_settings_refuse_to_resume(vstar, tmp_path, capsys):
     assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 2)[0] == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
     assert run("vstar", "--data", vstar, "--out", tmp_path, "--n", 3)[0] == 2
@@ -129,22 +133,22 @@ def test_settings_choose_the_folder_beside_the_adapter(adapter, vstar):
 
 
 def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar, tmp_path, monkeypatch):
-    real, victim = reply_cache.rollout, noise((192, 192), 3)
-    victim.save(vstar / "relative_position" / "2.png")
+    real = reply_cache.rollout
+    noise((192, 192), 3).save(vstar / "relative_position" / "2.png")
 
     def full(policy, batch, *rest):
-        if any(picture is item.images[0] for picture in lost for item in batch.prompts):
+        if any(image is prompt.images[0] for image in too_large for prompt in batch.prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(policy, batch, *rest)
 
-    lost = []
-    prompt = evaluation.benchmark_prompt
+    too_large = []
+    make_prompt = evaluation.benchmark_prompt
 
-    def marked(sample, **ways):
-        item = prompt(sample, **ways)
+    def marked(sample, **kwargs):
+        prompt = make_prompt(sample, **kwargs)
         if sample.id == "relative_position/2":
-            lost.append(item.images[0])
-        return item
+            too_large.append(prompt.images[0])
+        return prompt
 
     monkeypatch.setattr(reply_cache, "rollout", full)
     monkeypatch.setattr(evaluation, "benchmark_prompt", marked)
@@ -167,8 +171,8 @@ def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):
     policy = random_policy("qwen2_5_vl")
     with_adapter(random_policy("qwen2_5_vl")).model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
-    ways = ("--max-new-tokens", 6, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
-    code, results = run("pope", "--data", tmp_path / "POPE.tsv", *ways)
+    flags = ("--max-new-tokens", 6, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    code, results = run("pope", "--data", tmp_path / "POPE.tsv", *flags)
     assert code == 0 and set(results["before"]) == {"direct", "think"}
     assert results["before"]["direct"]["n"] == 6 and results["direct to think"]["n"] == 6
 
@@ -183,13 +187,34 @@ def test_cue_search_on_photos_by_size(tmp_path):
     assert sum(part["n"] for part in results["before"]["cue_by_size"].values()) == 5
 
 
-def test_ask_about_a_picture_of_ones_own(adapter, tmp_path, capsys):
+def test_ask_about_an_image_of_ones_own(adapter, tmp_path, capsys):
     scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
-    ways = ("--adapter", adapter, "--out", tmp_path / "out")
-    code, results = run("ask", tmp_path / "mine.png", "What shape is the red thing?", *ways)
+    flags = ("--adapter", adapter, "--out", tmp_path / "out")
+    code, results = run("ask", tmp_path / "mine.png", "What shape is the red thing?", *flags)
     assert code == 0 and set(results) == {"before", "after"}
     assert f"before: {results['before']}" in capsys.readouterr().out
     assert (tmp_path / "out" / "attention.png").is_file()
+
+
+def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, monkeypatch):
+    """The models must not read each other's reply: a map is that of the token that this model wrote."""
+    prompts, real = [], evaluation.attention.attention_maps
+
+    def recorded(policy, items):
+        prompts.extend(items)
+        return real(policy, items)
+
+    monkeypatch.setattr(evaluation.attention, "attention_maps", recorded)
+    scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
+    flags = ("--adapter", save_adapter(tmp_path / "adapter", std=0.1), "--out", tmp_path / "out")
+    code, results = run("ask", tmp_path / "mine.png", "Where is the blue ring?", *flags)
+    assert code == 0
+    up_to_answer = {name: reply[: reply.index("<answer>")] for name, reply in results.items()}
+    assert up_to_answer["before"] != up_to_answer["after"], "equal replies would prove nothing"
+    decode = load_policy("tiny", load_in_4bit=False).processor.tokenizer.decode
+    for beginning, prompt in zip(up_to_answer.values(), prompts, strict=True):
+        text = decode(prompt.input_ids)
+        assert text.rstrip().endswith(f"{beginning}<answer>") and text.count("<answer>") == 1
 
 
 @pytest.mark.parametrize(
@@ -207,11 +232,11 @@ def test_ask_about_a_picture_of_ones_own(adapter, tmp_path, capsys):
 def test_wrong_use_ends_with_one_sentence(arguments, names, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments)[0] == 2
-    said = capsys.readouterr().err
-    assert names in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert names in message and "Traceback" not in message
 
 
-def test_a_journal_that_is_none_is_refused(tmp_path):
+def test_a_file_that_holds_no_replies_is_refused(tmp_path):
     (tmp_path / "answers.jsonl").write_text("hello\n")
     with pytest.raises(UserError, match="answers.jsonl"):
         ReplyCache(tmp_path / "answers.jsonl", {"a": "b"})

@@ -1,5 +1,6 @@
 """Attention-in-Box: the one-row method against full eager attention, and hand-made maps."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from evaluation.attention import (
     append_to_prompt,
     attention_in_box,
     attention_maps,
+    before_answer,
     box_ious,
     grounding_summary,
     touched_cells,
@@ -20,21 +22,21 @@ from policy import collate, group_mask
 from prompts import BoxFrame
 
 
-def full_maps(policy, item):
+def full_maps(policy, prompt):
     """Head-mean attention of the last token from one ordinary eager forward pass, [layers, cells]."""
-    batch = collate(policy, [item])
+    batch = collate(policy, [prompt])
     config = policy.base_model.config.get_text_config()
     config._attn_implementation = "eager"
     mask = torch.zeros(1, 1, *[batch.input_ids.shape[1]] * 2)
     mask = mask.masked_fill(~group_mask(batch.segment_ids), torch.finfo(torch.float32).min)
-    features = list(zip(*[p.features for p in item.images], strict=True))
-    seen = {"image": SimpleNamespace(pooler_output=features[0], deepstack_features=features[1:])}
-    ways = dict(attention_mask=mask, position_ids=batch.position_ids, mm_encoder_outputs=seen)
+    features = list(zip(*[image.features for image in prompt.images], strict=True))
+    encoded = {"image": SimpleNamespace(pooler_output=features[0], deepstack_features=features[1:])}
+    kwargs = dict(attention_mask=mask, position_ids=batch.position_ids, mm_encoder_outputs=encoded)
     with torch.no_grad():
-        run = policy.base_model.model(batch.input_ids, use_cache=False, output_attentions=True, **ways)
+        output = policy.base_model.model(batch.input_ids, use_cache=False, output_attentions=True, **kwargs)
     config._attn_implementation = "sdpa"
     columns = (batch.input_ids[0] == policy.base_model.config.image_token_id).nonzero()[:, 0]
-    return torch.stack([layer[0, :, -1].mean(0) for layer in run.attentions])[:, columns]
+    return torch.stack([layer[0, :, -1].mean(0) for layer in output.attentions])[:, columns]
 
 
 def test_one_row_equals_full_eager_attention(policy):
@@ -44,9 +46,9 @@ def test_one_row_equals_full_eager_attention(policy):
     for item, got in zip(items, maps, strict=True):
         cells = got.shape[1] * got.shape[2]
         assert cells == int(item.images[0].grid_thw.prod()) // 4
-        want = full_maps(policy, item)[:, :cells]
-        assert want.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
-        assert torch.allclose(got.flatten(1), want, atol=1e-6)
+        expected = full_maps(policy, item)[:, :cells]
+        assert expected.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
+        assert torch.allclose(got.flatten(1), expected, atol=1e-6)
 
 
 def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
@@ -54,6 +56,27 @@ def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
     with pytest.raises(TypeError):
         attention_maps(policy, prompts(policy, 1))
     assert policy.base_model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("reply", "prefix", "token"),
+    [
+        ("<think> red</think><answer>blue</answer>", "<think> red</think><answer>", "b"),
+        ("<think> red</think><answer> blue</answer>", "<think> red</think><answer> ", "b"),
+        ("<think> red</think><answer>[12, 34, 56, 78]</answer>", "<think> red</think><answer>[", "1"),
+        ("[12, 34, 56, 78]", "[", "1"),
+        ("blue, as the ring is", "", "b"),
+        ("", "", ""),
+    ],
+)
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_the_part_of_a_reply_before_its_answer(policy, reply, prefix, token, opening):
+    """A template's opening is in the prompt already, so it must not come a second time."""
+    policy.processor.family = replace(policy.processor.family, opening=opening)
+    got_prefix, got_token = before_answer(policy.processor, opening + reply)
+    assert got_prefix == prefix and got_token.startswith(token) and bool(got_token) == bool(token)
+    rest = (opening + reply).removeprefix(opening + prefix)
+    assert rest.startswith(got_token), "the token is the first one of the rest"
 
 
 def test_cells_that_touch_a_box_count():
@@ -79,13 +102,13 @@ def test_attention_in_box_by_hand():
 
 def test_boxes_count_with_or_without_an_answer_block():
     frame = BoxFrame(200, 100, 1000, 1000)
-    said = [
+    replies = [
         ("<think>x</think><answer>[100, 100, 200, 200]</answer>", frame),
         (None, frame),
         ("nowhere", frame),
     ]
-    said.append(('```json\n[{"bbox_2d": [100, 100, 200, 200], "label": "star"}]\n```', frame))
-    assert box_ious(said, [(20, 10, 40, 20)] * 4) == [1.0, None, 0.0, 1.0]
+    replies.append(('```json\n[{"bbox_2d": [100, 100, 200, 200], "label": "star"}]\n```', frame))
+    assert box_ious(replies, [(20, 10, 40, 20)] * 4) == [1.0, None, 0.0, 1.0]
 
 
 def test_grounding_against_answers_by_hand():

@@ -1,4 +1,4 @@
-"""Readers on files as they are published, the option extractor on real-looking replies, metrics by hand."""
+"""Files as they are published, options extracted from replies as models write them, figures by hand."""
 
 import base64
 import csv
@@ -54,16 +54,16 @@ def colors(sample) -> list:
 
 
 def test_a_table_with_every_quirk_of_the_published_ones(tmp_path):
-    big = noise(64)  # over the length from which a picture stays in the file
+    big = noise(64)  # over the length from which an image stays in the file
     rows = [
         question(
             0, image=big, question='Line one\nline "two"\tand a tab', C="None", D="", answer="C", category="x"
         ),
         question(1, image="0", C="NA", D="nan"),
-        question(2, image="3", question="Ünïcode 日本?"),  # a picture that comes later
+        question(2, image="3", question="Ünïcode 日本?"),  # the image of a later row
         question(3, image=png("blue")),
         question(4, image=str([png("lime"), big])),
-        question(5, image=""),  # no picture: left out
+        question(5, image=""),  # no image: left out
         question(6, image="data:image/png;base64," + png("red")),
     ]
     path = write(tmp_path / "MMStar.tsv", rows, end="\r\n", start="\ufeff")
@@ -85,12 +85,12 @@ def test_a_table_with_every_quirk_of_the_published_ones(tmp_path):
     assert all(image.mode == "RGB" for sample in samples.values() for image in sample.images())
 
 
-def test_later_pictures_are_found_while_streaming(tmp_path):
+def test_images_of_later_rows_are_found_while_streaming(tmp_path):
     path = write(tmp_path / "a.tsv", [question(0, image="7"), question(7, image=png("blue"))])
     assert colors(next(read_samples("mmstar", path))) == [(0, 0, 255)]
 
 
-def test_pictures_beside_the_table_may_not_leave_its_folder(tmp_path):
+def test_images_beside_the_table_must_be_in_its_folder(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for file in (folder / "a.png", folder / "b.png", tmp_path / "secret.png"):
@@ -98,13 +98,14 @@ def test_pictures_beside_the_table_may_not_leave_its_folder(tmp_path):
     row = {"question": "Q", "A": "x", "B": "y", "answer": "B"}
     rows = [row | {"index": 0, "image_path": "a.png"}, row | {"index": 1, "image_path": "['a.png', 'b.png']"}]
     path = write(folder / "RealWorldQA.tsv", [*rows, row | {"index": 2, "image_path": "../secret.png"}])
-    one, two, outside = read_samples("realworldqa", path)
-    assert colors(one) == [(0, 0, 255)] and len(two.images()) == 2 and two.images()[0].mode == "RGB"
+    single, double, outside = read_samples("realworldqa", path)
+    assert colors(single) == [(0, 0, 255)]
+    assert len(double.images()) == 2 and double.images()[0].mode == "RGB"
     with pytest.raises(UserError, match="outside"):
         outside.images()
 
 
-def test_pictures_are_not_turned(tmp_path):
+def test_images_are_not_turned(tmp_path):
     out = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90°
@@ -155,7 +156,7 @@ def test_a_benchmark_in_two_files_is_read_from_their_folder(tmp_path):
     assert sample.id == "3D/Omni3D/0" and sample.answer == "B"
 
 
-def test_missing_files_unknown_names_and_broken_pictures(tmp_path):
+def test_missing_files_unknown_names_and_broken_images(tmp_path):
     with pytest.raises(UserError, match=r"POPE\.tsv"):
         list(read_samples("pope", tmp_path))
     with pytest.raises(UserError, match="hrbench4k"):
@@ -476,13 +477,13 @@ def test_yes_and_no(reply, answer):
     assert yes_no(reply) == answer
 
 
-def one(tmp_path, name: str, **cells):
+def read_one(tmp_path, name: str, **cells):
     (sample,) = read_samples(name, write(tmp_path / "refcoco.tsv", [question(0, **cells)]))
     return sample
 
 
 def test_boxes_are_judged_in_pixels(tmp_path):
-    sample = one(tmp_path, "refcoco", answer="[10, 20, 110, 80]")
+    sample = read_one(tmp_path, "refcoco", answer="[10, 20, 110, 80]")
     hit = judge(sample, "<think>x</think><answer>[10, 20, 110, 80]</answer>")
     assert hit == {"prediction": "[10.0, 20.0, 110.0, 80.0]", "parsed": True, "right": 1.0, "iou": 1.0}
     half = judge(sample, "[10, 20, 60, 80]")
@@ -498,15 +499,15 @@ def test_boxes_are_judged_in_pixels(tmp_path):
     assert judge(sample, "[" * 100_000)["parsed"] is False
 
 
-def test_ocrbench_looks_for_an_accepted_answer(tmp_path):
-    text = one(tmp_path, "ocrbench", answer="['Cafe Noir', 'noir']", category="Regular Text Recognition")
+def test_ocrbench_accepts_a_reply_that_contains_an_answer(tmp_path):
+    text = read_one(tmp_path, "ocrbench", answer="['Cafe Noir', 'noir']", category="Regular Text Recognition")
     for reply, right in (("It says CAFE\nNOIR.", 1), ("Noir", 1), ("CafeN oir", 0), ("", 0)):
         assert judge(text, reply)["right"] == right
     formula = "Handwritten Mathematical Expression Recognition"
-    math = one(tmp_path, "ocrbench", answer="['\\\\frac { a } { B }']", category=formula)
+    math = read_one(tmp_path, "ocrbench", answer="['\\\\frac { a } { B }']", category=formula)
     for reply, right in (("$\\frac{a}{B}$", 1), ("\\frac {a}\n{B}", 1), ("\\frac{a}{b}", 0)):
         assert judge(math, reply)["right"] == right, reply
-    single = one(tmp_path, "ocrbench", answer="42", category="x")
+    single = read_one(tmp_path, "ocrbench", answer="42", category="x")
     assert judge(single, "<think>7</think><answer>42</answer>")["right"] == 1
     assert judge(single, "")["parsed"] is False
 
@@ -562,15 +563,15 @@ def test_mme_realworld_by_task_and_subtask():
 
 
 def test_pope_by_hand():
-    def asked(answer, prediction, category):
+    def judged(answer, prediction, category):
         return {"answer": answer, "prediction": prediction, "parsed": prediction is not None} | {
             "right": float(answer == prediction), "fields": {"category": category}}  # fmt: skip
 
-    rows = [asked("yes", "yes", "random"), asked("yes", "no", "random"), asked("no", "yes", "random")]
+    rows = [judged("yes", "yes", "random"), judged("yes", "no", "random"), judged("no", "yes", "random")]
     rows += [
-        asked("no", None, "random,popular"),
-        asked("yes", None, "popular"),
-        asked("yes", "yes", "popular"),
+        judged("no", None, "random,popular"),
+        judged("yes", None, "popular"),
+        judged("yes", "yes", "popular"),
     ]
     got = aggregate("pope", rows)
     # random: TP 1, FP 1, FN 1, and the unparsed "no": F1 2/4, accuracy 1/4.
@@ -582,23 +583,23 @@ def test_pope_by_hand():
     assert got["score"] == got["f1"] == pytest.approx(400 / 7) and got["accuracy"] == pytest.approx(200 / 7)
     assert got["precision"] == pytest.approx(200 / 3) and got["recall"] == 50
     assert got["n"] == 6 and got["parse_rate"] == pytest.approx(4 / 6)
-    assert aggregate("pope", [asked("no", "no", "random")])["f1"] == 0
+    assert aggregate("pope", [judged("no", "no", "random")])["f1"] == 0
 
 
 def test_hallusionbench_by_hand():
-    def asked(right, index, kind):
+    def judged(right, index, kind):
         return row(right, index=index, category=index[:2], **{"l2-category": kind})
 
-    rows = [asked(1, "VD_illusion_1_0_0_0", "illusion"), asked(1, "VD_illusion_1_0_0_1", "illusion")]
-    rows += [asked(1, "VD_illusion_2_0_1_0", "illusion"), asked(0, "VD_illusion_2_0_1_1", "illusion")]
-    rows += [asked(0, "VS_chart_1_0_0_0", "chart")]  # same numbers, another sub-category
+    rows = [judged(1, "VD_illusion_1_0_0_0", "illusion"), judged(1, "VD_illusion_1_0_0_1", "illusion")]
+    rows += [judged(1, "VD_illusion_2_0_1_0", "illusion"), judged(0, "VD_illusion_2_0_1_1", "illusion")]
+    rows += [judged(0, "VS_chart_1_0_0_0", "chart")]  # same numbers, another sub-category
     got = aggregate("hallusionbench", rows)
     # Figures: illusion 0 right, illusion 1 not, chart not. Questions: illusion 0 right, 1 not, chart not.
     assert got["aAcc"] == got["score"] == 60
     assert got["fAcc"] == pytest.approx(100 / 3) and got["qAcc"] == pytest.approx(100 / 3)
     got = aggregate("hallusionbench", rows[:3])
     assert (got["aAcc"], got["fAcc"], got["qAcc"], got["mean"]) == (100, 100, 100, 100)
-    rows = [asked(r, f"VD_map_1_3_{figure}_0", "map") for r, figure in ((1, 0), (1, 1), (0, 2), (0, 3))]
+    rows = [judged(r, f"VD_map_1_3_{figure}_0", "map") for r, figure in ((1, 0), (1, 1), (0, 2), (0, 3))]
     got = aggregate("hallusionbench", rows)  # four figures of one question
     assert (got["aAcc"], got["fAcc"], got["qAcc"]) == (50, 50, 0) and got["mean"] == pytest.approx(100 / 3)
 

@@ -1,4 +1,4 @@
-"""Scores and summaries against hand-worked examples, on answers whose right scores are known."""
+"""Scores and summaries against hand-worked examples, on replies whose scores are certain."""
 
 import math
 import random
@@ -28,22 +28,22 @@ def policy():
     return policy
 
 
-def said(box, think: str = "x") -> str:
+def reply_with(box, think: str = "x") -> str:
     return f"<think>{think}</think><answer>{FRAME.to_text(box)}</answer>"
 
 
-def test_box_score_knows_the_right_thing_from_the_others():
+def test_box_score_tells_the_right_object_from_the_others():
     cue = scene_cues(CueConfig(), "heldout", 0)[3]
     mine = target_object(cue)
     other = next(t for t in cue.scene.objects if t != mine)
-    right = box_score(said(cue.box), FRAME, cue.box, cue)
+    right = box_score(reply_with(cue.box), FRAME, cue.box, cue)
     assert right["iou"] > 0.9 and right["parsed"] == right["format"] == right["right"] == 1
-    wrong = box_score(said(other.box), FRAME, cue.box, cue)
+    wrong = box_score(reply_with(other.box), FRAME, cue.box, cue)
     assert wrong["iou"] < 0.2 and wrong["right"] == 0 and wrong["parsed"] == 1
-    silent = box_score("<think>x</think><answer>nowhere</answer>", FRAME, cue.box, cue)
-    assert silent == {"iou": 0, "parsed": 0, "format": 1, "right": 0}
-    nothing = box_score("<answer>[990, 990, 1000, 1000]</answer>", FRAME, cue.box, replace(cue, scene=None))
-    assert nothing["parsed"] == 1 and nothing["format"] == 0 and nothing["right"] == 0
+    no_box = box_score("<think>x</think><answer>nowhere</answer>", FRAME, cue.box, cue)
+    assert no_box == {"iou": 0, "parsed": 0, "format": 1, "right": 0}
+    photo = box_score("<answer>[990, 990, 1000, 1000]</answer>", FRAME, cue.box, replace(cue, scene=None))
+    assert photo["parsed"] == 1 and photo["format"] == 0 and photo["right"] == 0
 
 
 def test_cue_summary_by_hand():
@@ -55,12 +55,12 @@ def test_cue_summary_by_hand():
 
 
 def test_question_summary_splits_by_objects_size_and_kind():
-    one, many = (scenes.draw_layout(random.Random(0), n) for n in (1, 4))
+    single, many = (scenes.draw_layout(random.Random(0), n) for n in (1, 4))
     tiny, small = (
         Question("place", "", "", "", (0, 0, 16, 16)),
         Question("attribute", "", "", "", (0, 0, 30, 30)),
     )
-    got = question_summary([1.0, 0.0, 1.0], [(one, tiny), (many, tiny), (many, small)])
+    got = question_summary([1.0, 0.0, 1.0], [(single, tiny), (many, tiny), (many, small)])
     assert got["accuracy"] == pytest.approx(2 / 3) and got["n"] == 3
     assert got["by_objects"] == {"1": 1, "4": 0.5}
     assert got["by_size"] == {"small": 1, "tiny": 0.5} and got["by_kind"] == {"attribute": 1, "place": 0.5}
@@ -71,27 +71,24 @@ def test_paired_standard_error_by_hand():
     assert got["change"] == 0.25
     assert got["standard_error"] == pytest.approx(math.sqrt((0.75**2 + 3 * 0.25**2) / 3 / 4))
     assert paired([0.5] * 5, [0.5] * 5) == {"change": 0, "standard_error": 0, "n": 5}
-    lost = paired([None, 0.5, 0.0], [0.7, 1.0, None])  # where memory ran out on either side, nothing pairs
+    lost = paired([None, 0.5, 0.0], [0.7, 1.0, None])  # no pair where memory ran out on either side
     assert lost == {"change": 0.5, "standard_error": 0, "n": 1}
 
 
 def test_samples_of_one_group_count_as_one():
-    """Four questions, each asked in two orders with the same result: two independent pairs of changes."""
+    """Four questions, each in two orders with the same result: two independent pairs of changes."""
     before, after = [0, 0, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 1, 1]
     grouped = paired(before, after, list("aabbccdd"))
-    alone = paired(before[::2], after[::2])
-    assert grouped["change"] == alone["change"] == 0.25 and grouped["n"] == 8
-    assert grouped["standard_error"] == pytest.approx(alone["standard_error"])
+    independent = paired(before[::2], after[::2])
+    assert grouped["change"] == independent["change"] == 0.25 and grouped["n"] == 8
+    assert grouped["standard_error"] == pytest.approx(independent["standard_error"])
     assert paired(before, after)["standard_error"] < grouped["standard_error"]
 
 
-def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
+def test_a_batch_that_does_not_fit_runs_one_prompt_at_a_time(policy, monkeypatch):
     held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 5)
-    plain, real, sizes = (
-        list(reply_cache.generate_replies(policy, held.cue_prompts, 8)),
-        reply_cache.rollout,
-        [],
-    )
+    plain = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
+    real, sizes = reply_cache.rollout, []
 
     def small(policy, batch, *rest):
         sizes.append(len(batch.prompts))
@@ -111,7 +108,7 @@ def test_what_does_not_fit_as_a_batch_is_asked_one_by_one(policy, monkeypatch):
     check_frame(policy, held, scores)
 
 
-def test_photos_are_opened_when_they_are_asked_about(policy, tmp_path):
+def test_photos_are_opened_at_each_access(policy, tmp_path):
     for i in range(30):
         noise((320, 240), i).save(tmp_path / f"{i}.png")
     held = build_heldout_set(policy, folder_cues(tmp_path, CueConfig(), "heldout", 0), 4)
@@ -154,16 +151,16 @@ def scores_of(samples: list[float], boxes: list) -> Scores:
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_frame_check_stops_where_the_other_frame_wins(policy, wrong):
-    """Perfect answers, read in their own frame and in the other one."""
+    """Perfect replies, read in their own frame and in the other one."""
     held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 12)
-    answered = []
+    predicted = []
     for cue in held.cues:
         units = FRAME.to_units(cue.box)
-        if wrong:  # written in pixels of the picture, 0 to 192, but read as thousandths
+        if wrong:  # written in pixels of the image, 0 to 192, but read as thousandths
             units = cue.box
-        answered.append(FRAME.to_pixels(units))
-    values = [heldout.iou(box, cue.box) for box, cue in zip(answered, held.cues)]
-    scores = scores_of(values, answered)
+        predicted.append(FRAME.to_pixels(units))
+    values = [heldout.iou(box, cue.box) for box, cue in zip(predicted, held.cues)]
+    scores = scores_of(values, predicted)
     if wrong:
         with pytest.raises(UserError, match="--box-frame resized"):
             check_frame(policy, held, scores)
