@@ -143,7 +143,7 @@ def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
 
 
 def is_right(text: str | None, question: Question) -> float | None:
-    """1 if a reply's answer block is exactly the answer to a scene's question, else 0; None without a reply."""
+    """1 if a reply's answer block is exactly the answer to a scene's question, else 0; None: no reply."""
     return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
 
 

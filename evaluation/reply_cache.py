@@ -25,7 +25,7 @@ class ReplyCache(dict):
     """A dict whose entries are lines of a file: first the settings, then a [key, value] each."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """Reads the entries of a killed run; UserError where the file has other settings or is no such file."""
+        """Reads the entries of a killed run; UserError for a file of other settings or of another kind."""
         super().__init__()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
