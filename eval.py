@@ -74,7 +74,8 @@ import torch
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
-from evaluation.scores import ROWS, Scores, compare, paired, table
+from evaluation.scores import ROWS as HELDOUT_ROWS
+from evaluation.scores import Scores, compare, paired, table
 from evaluation.session import Session, open_session
 from files.disk import write_json
 from files.pictures import UnusableImage, load_image
@@ -83,19 +84,12 @@ from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
 from training.pictures import draw_attention, draw_cues
 
-TABLE = {  # row of the printed table: list of samples
+ROWS = {
     "right, asked directly": "direct",
     "right, asked to think": "think",
     "right, rest blacked out": "black",
-    **ROWS,
-    **{f"answers at base's {band}": band for band in attention.BANDS},
-    "found (IoU ≥ 0.5)": "found",
-    "found but misread": "misread",
-    "not found and wrong": "not found",
-    "Attention-in-Box": "aib",
-    "  by chance": "chance",
-    "Peak-in-Box": "peak",
 }
+ROWS |= HELDOUT_ROWS | attention.ROWS  # table label: key in Scores.samples
 
 
 def draw_heat_maps(
@@ -128,7 +122,7 @@ def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) ->
 
 def finish(model_scores: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
     """Prints the table; returns the results, for two models with the change of every list of samples."""
-    print(table(*model_scores, rows=TABLE))
+    print(table(*model_scores, rows=ROWS))
     return results | ({"change": compare(*model_scores)} if len(model_scores) > 1 else {})
 
 
