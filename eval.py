@@ -16,7 +16,7 @@ What differs from a typical evaluation script:
 import argparse
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,6 @@ if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer bef
     with exit_on_error():
         read_flags()
 
-import torch
-
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
@@ -82,7 +80,7 @@ from files.pictures import UnusableImage, load_image
 from models import load_adapter, load_policy
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
-from training.pictures import draw_attention, draw_cues
+from training.pictures import draw_cues, draw_heat_maps
 
 ROWS = {
     "right, asked directly": "direct",
@@ -90,21 +88,6 @@ ROWS = {
     "right, rest blacked out": "black",
 }
 ROWS |= HELDOUT_ROWS | attention.ROWS  # table label: key in Scores.samples
-
-
-def draw_heat_maps(
-    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts_by_model: list, names: list
-) -> None:
-    """attention.png: a row per image, a column per model; prompts: for each model those of all images."""
-    columns = []
-    try:
-        for _, model_prompts in zip(session.each_model(), prompts_by_model, strict=True):
-            columns.append([attention.attention_maps(session.policy, [p])[0].mean(0) for p in model_prompts])
-    except torch.OutOfMemoryError:
-        print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
-        return
-    rows = list(zip(titles, images, boxes, zip(*columns), strict=True))
-    draw_attention(rows, names, session.folder / "attention.png")
 
 
 def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) -> tuple[list, dict]:

@@ -4,8 +4,9 @@ Every sheet is put together from blocks of pixels that stand beside or below eac
 another and no text leaves the sheet, whatever the shape of a photo and the length of a question.
 """
 
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data import Cue
-from evaluation.attention import attention_in_box
+from evaluation.attention import attention_in_box, attention_maps
+from evaluation.session import Session
 from reward import Box, iou, parse_box
 
 SIDE = 302  # pixels of an image's longer side
@@ -188,3 +190,21 @@ def draw_attention(rows: Sequence[tuple], names: list[str], path: Path) -> None:
             tiles.append(below([image_block(heat_map, SIDE, evidence), *numbers]))
         blocks += [text_block(title, len(tiles) * width, 20), beside(tiles)]
     below(blocks).save(path)
+
+
+def draw_heat_maps(
+    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts_by_model: list, names: list
+) -> None:
+    """attention.png of a session: a row per image, a column per model.
+
+    prompts_by_model: for each model the prompts of all images, whose last token predicts the answer.
+    """
+    columns = []
+    try:
+        for _, prompts in zip(session.each_model(), prompts_by_model, strict=True):
+            columns.append([attention_maps(session.policy, [prompt])[0].mean(0) for prompt in prompts])
+    except torch.OutOfMemoryError:
+        print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
+        return
+    rows = list(zip(titles, images, boxes, zip(*columns), strict=True))
+    draw_attention(rows, names, session.folder / "attention.png")
