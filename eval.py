@@ -31,21 +31,19 @@ def read_flags() -> argparse.Namespace:
 
     parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
     parser.add_argument("task", choices=task_names, metavar="TASK", help=", ".join(task_names))
-    parser.add_argument("image", type=Path, nargs="?", help="of ask")
-    parser.add_argument("question", nargs="?", help="of ask")
+    parser.add_argument("image", type=Path, nargs="?", help="image of the task ask")
+    parser.add_argument("question", nargs="?", help="question of the task ask")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
-    four = "default where CUDA is"
-    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help=four)
+    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default on CUDA")
     parser.add_argument("--box-frame", choices=FRAMES, help="of the model's boxes")
     parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
     for name in ("annotations", "images", "exclude"):
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
     parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
-    seed = "of the held-out scenes; training measures on 0's"
-    parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
+    parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
@@ -241,19 +239,16 @@ def ask_task(session: Session) -> dict[str, Any]:
     return results
 
 
-def run_task(args: argparse.Namespace) -> None:
-    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
-    policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
-    session = open_session(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
-    results = tasks.get(args.task, benchmark_task)(session)
-    write_json(session.folder / "results.json", results)
-    print(f"results are in {session.folder}")
-
-
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
+    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
-        run_task(read_flags())
+        args = read_flags()
+        policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
+        session = open_session(load_adapter(policy, args.adapter) if args.adapter else policy, args)
+        results = tasks.get(args.task, benchmark_task)(session)
+        write_json(session.folder / "results.json", results)
+        print(f"results are in {session.folder}")
 
 
 if __name__ == "__main__":
