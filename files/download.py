@@ -42,7 +42,7 @@ class PermanentFailure(UnusableImage):
 
 @dataclass
 class ImageDownloads(Photos):
-    """Replaces Photos while cues are drawn, and records which images they use.
+    """Replaces Photos while cues are drawn and records which images they use.
 
     `unusable` holds only images whose download failed: the cues that would use one are drawn again.
     """

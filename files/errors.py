@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # bitsandbytes reports an optional CPU kernel as missing on every start; nothing here uses it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-STOPPED = "Stopped. Repeat the command to continue."
+STOPPED = "Stopped. Run the same command again to continue."
 
 
 class UserError(Exception):

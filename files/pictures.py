@@ -62,7 +62,7 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError  # as Pillow itself does, at a higher limit
             if min(image.size) < LEAST_SIDE:
-                raise UnusableImage(f"with a side under {LEAST_SIDE} pixels")
+                raise UnusableImage(f"under {LEAST_SIDE} pixels on a side")
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
             image = image if image.size == size else ImageOps.exif_transpose(image)

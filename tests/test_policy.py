@@ -191,7 +191,7 @@ def test_the_reference_is_the_model_without_its_adapter():
 
 
 def test_group_mask_by_hand():
-    """A prompt of one token and one of padding, then two completions whose num_columns alternate."""
+    """A prompt of one token and one of padding, then two completions whose columns alternate."""
     mask = group_mask(torch.tensor([[-1, 0, 1, 2, 1, -1]]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],

@@ -186,7 +186,7 @@ def test_a_stopped_download_continues_and_requests_no_file_twice(
     err, code = process.communicate(timeout=60)[1], process.returncode
     assert time.monotonic() - started < 5
     assert code == -stop_signal if stop_signal == signal.SIGKILL else code == 130
-    assert stop_signal == signal.SIGKILL or err.endswith("Stopped. Repeat the command to continue.\n")
+    assert stop_signal == signal.SIGKILL or err.endswith("Stopped. Run the same command again to continue.\n")
     server.delay, requested = 0, Counter(server.requests)
     downloaded = {name for name in names(new) if not name.endswith(".part")}
     assert len(downloaded) >= 8
