@@ -1,4 +1,4 @@
-"""Bugs that raise no error of their own, each introduced on purpose: the self-check must refuse to train."""
+"""Bugs that raise no error by themselves, each made on purpose: the self-check must refuse them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from policy import Policy, collate, rollout, token_logps
 from training.checks import self_check
 
 
-def fresh(kind: str = "qwen3_vl") -> Policy:
+def untrained_policy(kind: str = "qwen3_vl") -> Policy:
     return add_lora(random_policy(kind), 4)
 
 
@@ -22,57 +22,55 @@ def check(policy: Policy) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_correct_policy_passes(kind):
-    assert check(fresh(kind))["rollout_gap"] < 1e-4
+def test_a_sound_policy_passes(kind):
+    assert check(untrained_policy(kind))["rollout_gap"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_one_dimensional_positions_are_refused(kind, monkeypatch):
-    """transformers falls back to them if mm_token_type_ids are missing."""
-    policy = fresh(kind)
+def test_one_dimensional_positions(kind, monkeypatch):
+    """The positions of image tokens in transformers when mm_token_type_ids are missing."""
+    policy = untrained_policy(kind)
 
-    def one_dimensional(ids, mm_token_type_ids, image_grid_thw, attention_mask):
+    def flat_positions(ids, mm_token_type_ids, image_grid_thw, attention_mask):
         return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), None
 
-    monkeypatch.setattr(policy.base_model.model, "get_rope_index", one_dimensional)
+    monkeypatch.setattr(policy.base_model.model, "get_rope_index", flat_positions)
     with pytest.raises(UserError, match="one-dimensional"):
         check(policy)
 
 
-def test_a_mask_that_lets_completions_see_each_other_is_refused(monkeypatch):
-    policy, group_mask = fresh(), policy_module.group_mask
+def test_a_mask_that_lets_completions_see_each_other(monkeypatch):
+    policy, original = untrained_policy(), policy_module.group_mask
 
-    def leaky(segment_ids: torch.Tensor, queries: int | None = None) -> torch.Tensor:
-        return group_mask(segment_ids.clamp(max=0), queries)
+    def leaky_mask(segment_ids: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        return original(segment_ids.clamp(max=0), queries)
 
-    monkeypatch.setattr(policy_module, "group_mask", leaky)
+    monkeypatch.setattr(policy_module, "group_mask", leaky_mask)
     with pytest.raises(UserError, match="disagree|without its group"):
         check(policy)
 
 
-def test_a_mask_that_is_wrong_only_in_training_is_refused(monkeypatch):
-    policy, group_mask = fresh(), policy_module.group_mask
+def test_a_mask_that_is_wrong_only_in_training(monkeypatch):
+    policy, original = untrained_policy(), policy_module.group_mask
 
-    def leaky(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
-        return group_mask(
-            segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries
-        )
+    def leaky_mask(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
+        return original(segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries)
 
-    monkeypatch.setattr(policy_module, "group_mask", leaky)
+    monkeypatch.setattr(policy_module, "group_mask", leaky_mask)
     with pytest.raises(UserError, match="disagree|without its group"):
         check(policy)
 
 
-def test_an_image_token_that_can_be_sampled_is_refused():
-    policy = fresh()
+def test_an_image_token_that_can_be_sampled():
+    policy = untrained_policy()
     policy.logit_bias = torch.zeros_like(policy.logit_bias)
     with pytest.raises(UserError, match="image tokens could be sampled"):
         check(policy)
 
 
-def test_a_sampled_image_token_would_break_the_training_pass():
-    """A completion with such a token has more image placeholders than image features."""
-    policy = fresh()
+def test_a_sampled_image_token_breaks_the_pass_that_the_check_protects():
+    """Why image tokens are forbidden: a completion with one has more placeholders than features."""
+    policy = untrained_policy()
     batch = collate(policy, prompts(policy, 1))
     tokens = torch.full((1, 1, 2), policy.base_model.config.image_token_id)
     with pytest.raises((ValueError, RuntimeError)):
@@ -80,8 +78,8 @@ def test_a_sampled_image_token_would_break_the_training_pass():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_adapter_weights_in_half_precision_are_refused(dtype):
-    policy = fresh()
+def test_adapter_weights_in_half_precision(dtype):
+    policy = untrained_policy()
     for name, parameter in policy.model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -89,28 +87,28 @@ def test_adapter_weights_in_half_precision_are_refused(dtype):
         check(policy)
 
 
-def test_half_precision_adapter_weights_would_not_change():
-    """The bug itself: AdamW at a learning rate of 1e-6 changes float32 weights of 0.05, but not bf16 ones."""
-    for dtype, changes in ((torch.bfloat16, False), (torch.float32, True)):
+def test_half_precision_adapters_would_not_move():
+    """The bug itself: a step of AdamW at 1e-6 is lost in bf16 weights of usual size, but not in float32."""
+    for dtype, moves in ((torch.bfloat16, False), (torch.float32, True)):
         weight = nn.Parameter(torch.full((100,), 0.05, dtype=dtype))
         optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
         before = weight.detach().clone()
         for _ in range(20):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
-        assert torch.equal(weight.detach(), before) != changes
+        assert torch.equal(weight.detach(), before) != moves
 
 
-def test_eager_attention_is_refused():
-    policy = fresh()
+def test_eager_attention():
+    policy = untrained_policy()
     policy.base_model.set_attn_implementation("eager")
     with pytest.raises(UserError, match="sdpa"):
         check(policy)
 
 
-def test_eager_attention_would_add_our_mask_instead_of_applying_it():
-    """The bug itself: the same pass in eager attention, where completions see each other."""
-    policy = fresh()
+def test_eager_attention_adds_our_mask_instead_of_applying_it():
+    """The bug itself: the same pass under eager attention, and completions see each other."""
+    policy = untrained_policy()
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 2))
     rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
@@ -119,10 +117,10 @@ def test_eager_attention_would_add_our_mask_instead_of_applying_it():
     assert not torch.allclose(token_logps(policy, batch, rollouts.tokens, rollouts.mask), expected, atol=1e-2)
 
 
-def test_weights_that_pass_no_gradient_after_a_rollout_are_refused():
-    """As 4-bit weights do on CPUs with AVX512-BF16: a pass without gradients repacks them, and from then on
-    the layer's input gets none."""
-    policy = fresh()
+def test_weights_that_pass_no_gradient_after_a_rollout():
+    """On CPUs with AVX512-BF16 the first pass without gradients repacks 4-bit weights, and from then on the
+    layer's input gets no gradient."""
+    policy = untrained_policy()
 
     class Repacking(nn.Module):
         def __init__(self, inner: nn.Module):
@@ -141,8 +139,8 @@ def test_weights_that_pass_no_gradient_after_a_rollout_are_refused():
         check(policy)
 
 
-def test_a_trained_adapter_is_refused():
-    policy = fresh()
+def test_a_trained_adapter_is_not_the_reference():
+    policy = untrained_policy()
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -150,20 +148,20 @@ def test_a_trained_adapter_is_refused():
         check(policy)
 
 
-def test_a_rollout_without_variation_is_refused():
-    policy = fresh()
+def test_a_group_of_equal_completions():
+    policy = untrained_policy()
     policy.logit_bias[:] = -torch.inf
     policy.logit_bias[50] = 0
     with pytest.raises(UserError, match="same"):
         check(policy)
 
 
-def test_stale_rope_deltas_do_not_change_a_rollout():
-    """What an earlier call leaves in the model must not matter, because positions are always explicit."""
-    policy = fresh()
+def test_stale_rope_deltas_change_nothing():
+    """Positions that an earlier call has left in the model do not matter: ours are always explicit."""
+    policy = untrained_policy()
     torch.manual_seed(0)
-    encoded_prompts = prompts(policy, 2)
-    batch = collate(policy, encoded_prompts)
+    batch_prompts = prompts(policy, 2)
+    batch = collate(policy, batch_prompts)
     rollouts = rollout(policy, batch, 2, 8)
     policy.base_model.model.rope_deltas = torch.tensor([[1000], [-7]])
-    assert torch.equal(rollout(policy, collate(policy, encoded_prompts), 2, 8).tokens, rollouts.tokens)
+    assert torch.equal(rollout(policy, collate(policy, batch_prompts), 2, 8).tokens, rollouts.tokens)
