@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from files.coco import read
+from files.coco import read_input
 from files.disk import file_stats, fingerprint, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
@@ -94,7 +94,7 @@ def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], d
         require_same_settings(path, stored, {name: flags[name] for name in flags if name not in MEMORY})
         return stored, stored_flags(stored) | overrides
 
-    return read("resume", path, "config.json of a run", parse)
+    return read_input("resume", path, "config.json of a run", parse)
 
 
 def require_same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
