@@ -80,11 +80,7 @@ from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
 from training.pictures import draw_cues, draw_heat_maps
 
-ROWS = {
-    "right, asked directly": "direct",
-    "right, asked to think": "think",
-    "right, rest blacked out": "black",
-}
+ROWS = {"right, direct prompt": "direct", "right, think prompt": "think", "right, rest black": "black"}
 ROWS |= HELDOUT_ROWS | attention.ROWS  # table label: key in Scores.samples
 
 

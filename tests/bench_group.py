@@ -72,11 +72,7 @@ def measure(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before  # KiB
     parameters = sum(p.numel() for p in policy.model.parameters())
     fastest = {name: min(values) for name, values in times.items()}
-    return fastest | {
-        "memory_gb": memory / 2**20,
-        "parameters": parameters,
-        "prompt": len(prompt.input_ids),
-    }
+    return fastest | {"memory_gb": memory / 2**20, "parameters": parameters, "prompt": len(prompt.input_ids)}
 
 
 def main() -> None:

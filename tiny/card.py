@@ -52,9 +52,7 @@ def write_card(model: str, n: int) -> None:
     """Measures a model in the embedded world, and writes card.json and the table into its folder."""
     readme = Path(model_folder(model)) / "README.md"
     if not (readme.is_file() and MEASURED.search(text := readme.read_text(encoding="utf-8"))):
-        raise UserError(
-            f"{readme} has no place for the table: add <!-- measured --><!-- /measured --> to it."
-        )
+        raise UserError(f"{readme} has no place for the table: add <!-- measured --><!-- /measured -->.")
     if n < 1:
         raise UserError(f"--n {n} leaves nothing to measure: give 1 or more.")
     policy, card = load_policy(model), {}

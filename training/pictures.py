@@ -206,5 +206,5 @@ def draw_heat_maps(
     except torch.OutOfMemoryError:
         print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
         return
-    rows = list(zip(titles, images, boxes, zip(*columns), strict=True))
-    draw_attention(rows, names, session.folder / "attention.png")
+    rows = zip(titles, images, boxes, zip(*columns), strict=True)
+    draw_attention(list(rows), names, session.folder / "attention.png")
