@@ -66,7 +66,7 @@ def test_a_notebook_defines_nothing_that_a_module_has(path):
 def test_the_text_names_what_exists(path):
     """A name, a flag or a Python file in `backticks` is one of the modules or of the notebook itself."""
     codes = [module.read_text(encoding="utf-8") for module in MODULES] + [source(c) for c in cells(path)]
-    known = set().union(*map(names_in, codes)) | {module.stem for module in MODULES} | {"None"}
+    existing_names = set().union(*map(names_in, codes)) | {module.stem for module in MODULES} | {"None"}
     flags = {f"--{field.name.replace('_', '-')}" for field in fields(Config)} | {"--dry-run", "--resume"}
     for span in re.findall(r"(?<!`)`([^`\n]+)`", "\n".join(source(c) for c in cells(path, "markdown"))):
         if span.startswith("--"):
@@ -74,7 +74,7 @@ def test_the_text_names_what_exists(path):
         elif re.fullmatch(r"[\w/]+\.py", span):
             assert (ROOT / span).is_file(), span
         elif not span.endswith((".json", ".txt")) and re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span):
-            assert set(span.partition("(")[0].split(".")) <= known, span
+            assert set(span.partition("(")[0].split(".")) <= existing_names, span
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -126,11 +126,11 @@ STAR += (0.5, 0.764, 0.191, 1.0, 0.309, 0.618, 0.0, 0.382, 0.382, 0.382)
 def shape_mask(shape: str, side: int) -> Image.Image:
     """How much of each pixel a shape covers, 0 to 255: a grey image of side × side pixels that it fills."""
     n = 4 * side  # drawn four times as large, then averaged: the edges are smooth
-    whole, low, high = (0, 0, n - 1, n - 1), 0.34 * n, 0.66 * n
+    square, low, high = (0, 0, n - 1, n - 1), 0.34 * n, 0.66 * n
     parts = {  # calls of ImageDraw, with the grey that each fills in
-        "circle": [("ellipse", whole, 255)],
-        "ring": [("ellipse", whole, 255), ("ellipse", (0.28 * n, 0.28 * n, 0.72 * n, 0.72 * n), 0)],
-        "square": [("rectangle", whole, 255)],
+        "circle": [("ellipse", square, 255)],
+        "ring": [("ellipse", square, 255), ("ellipse", (0.28 * n, 0.28 * n, 0.72 * n, 0.72 * n), 0)],
+        "square": [("rectangle", square, 255)],
         "triangle": [("polygon", (n / 2, 0, n - 1, n - 1, 0, n - 1), 255)],
         "star": [("polygon", [v * (n - 1) for v in STAR], 255)],
         "cross": [("rectangle", (low, 0, high, n - 1), 255), ("rectangle", (0, low, n - 1, high), 255)],

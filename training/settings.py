@@ -98,13 +98,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_flags(about: str, arguments: list[str] | None = None) -> dict[str, Any]:
+def read_flags(description: str, arguments: list[str] | None = None) -> dict[str, Any]:
     """The flags that were given, by the name of their field of Config; UserError where a file is missing.
 
     Our own argparse from the dataclass: HfArgumentParser takes over a second to import, knows no booleans of
     three states, and hides which flags were given.
     """
-    parser = FlagParser(description=about, argument_default=SUPPRESS)
+    parser = FlagParser(description=description, argument_default=SUPPRESS)
     for f in fields(Config):
         note = f.metadata["note"] + ("" if f.default in (None, "") else f" (default {f.default})")
         kind = next(t for t in (bool, int, float, Path, str) if t.__name__ in str(f.type))

@@ -155,8 +155,8 @@ def test_questions_are_rewarded_by_their_answer_on_the_full_image_alone(tiny):
 
 def test_training_all_weights_leaves_the_reference_unchanged(tmp_path, batch):
     policy = all_weights(load_policy("tiny"))
-    trained = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
-    assert trained == {"modules_to_save"}
+    trainable = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert trainable == {"modules_to_save"}
     batch = collate(policy, [example.prompt for example in batch])
     rollouts = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
     before = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
