@@ -202,8 +202,7 @@ def main() -> None:
         if name in ("-h", "--help"):
             read_flags(usage, ["--help"])  # prints the usage and exits
         if name not in VARIANTS:
-            problem = f"{name} is not a variant" if name else "The name of a variant is missing"
-            raise UserError(f"{problem}: give one of {', '.join(VARIANTS)}.")
+            raise UserError(f"{name!r} is not a variant: give one of {', '.join(VARIANTS)}.")
         run(variant_flags(name, read_flags(usage, flags)), VARIANTS[name].task)
 
 
