@@ -8,8 +8,10 @@ What differs from a typical QLoRA script:
 - Gradient checkpointing is our own: transformers' needs train mode, which silently drops a rollout's cache.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +20,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from files import checkpoints
 from files.errors import UserError, model_folder
 from policy import Policy
 from prompts import FAMILIES, Family, Processor, opening
 
 # PEFT asks transformers for gradient checkpointing by a name that transformers 5 renames.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+# Both report weights that do not fit, and continue. Here they are refused.
+warnings.filterwarnings("ignore", "Found missing adapter keys")
+hf.logging.get_logger("transformers.modeling_utils").addFilter(lambda log: log.levelname != "WARNING")
 
-MIMO_VOCABULARY = 151_680  # the size by which a renamed folder of MiMo-VL is recognised
+MIMO_VL = (151_680, 4096, 36)  # vocabulary, hidden size, text layers: its config says Qwen2.5-VL
+# What weights and adapters of transformers 4 call the parts of a model, and their names today.
+OLD_NAMES = {r"^visual\.": "model.visual.", r"^model\.(?=layers\.|norm\.|embed_)": "model.language_model."}
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
@@ -45,22 +54,23 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
 
     UserError where the family, and so its box frame, is unknown.
     """
-    try:
-        config = hf.AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    family_name = getattr(config, "locus_family", config.model_type)
-    if family_name not in FAMILIES and frame is None:
-        raise UserError(f"--model {name} is of an unknown family, {family_name}: give its --box-frame.")
-    folder_name = Path(name).name.lower()
-    if family_name == "qwen2_5_vl" and (
-        "mimo" in folder_name or config.text_config.vocab_size == MIMO_VOCABULARY
-    ):
-        family_name = "mimo_vl"  # the config is Qwen2.5-VL's
-    if family_name == "qwen3_vl" and "thinking" in folder_name:
+    config = checkpoints.read_config(name)
+    family_name, completion_prefix = getattr(config, "locus_family", config.model_type), ""
+    if family_name not in FAMILIES:
+        if frame is None:
+            raise UserError(f"--model {name} is of an unknown family, {family_name}: give its --box-frame.")
+        print(f"--model {name}: {family_name} is unknown, so treated like qwen2_5_vl.", file=sys.stderr)
+    text = config.get_text_config()
+    shape = (text.vocab_size, text.hidden_size, text.num_hidden_layers)
+    if family_name == "qwen2_5_vl" and shape == MIMO_VL:
+        family_name = "mimo_vl"
+    with suppress(UserError):  # --dry-run needs settings alone, without a tokenizer
+        completion_prefix = opening(checkpoints.read_processors(name, config)[0])
+    # The template tells: folders of both kinds are renamed, and called no-thinking.
+    if family_name == "qwen3_vl" and completion_prefix:
         family_name = "qwen3_vl_thinking"
     family = FAMILIES.get(family_name, FAMILIES["qwen2_5_vl"])
-    return config, replace(family, box_frame=frame or family.box_frame)
+    return config, replace(family, opening=completion_prefix, box_frame=frame or family.box_frame)
 
 
 def load_policy(
@@ -70,33 +80,35 @@ def load_policy(
 
     dtype: of what is not 4-bit (default: the device's). UserError where the model cannot be loaded.
     """
-    (_, family), (device, device_dtype) = read_family(name, frame), device_and_dtype()
-    folder, dtype = model_folder(name), dtype or device_dtype
+    (config, family), (device, device_dtype) = read_family(name, frame), device_and_dtype()
+    dtype = dtype or device_dtype
+    processor = Processor(*checkpoints.read_processors(name, config), family, "")
     quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
-    no_remote_code = dict(
-        trust_remote_code=False
-    )  # unset, transformers asks whether to run a model's own code
-    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
-    load_kwargs = dict(dtype=dtype, quantization_config=hf.BitsAndBytesConfig(**nf4) if quantize else None)
-    # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. Pickles could run any code.
-    load_kwargs |= dict(attn_implementation="sdpa", use_safetensors=True)
-    try:
-        # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
-        load_kwargs["device_map"] = {"": device}
-        model = hf.AutoModelForImageTextToText.from_pretrained(folder, **load_kwargs, **no_remote_code)
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **no_remote_code)
-        image_processor = hf.AutoImageProcessor.from_pretrained(folder, **no_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    completion_prefix, qwen3 = opening(tokenizer), replace(FAMILIES["qwen3_vl"], box_frame=family.box_frame)
-    if completion_prefix and family == qwen3:  # a renamed Thinking model
-        family = replace(FAMILIES["qwen3_vl_thinking"], box_frame=family.box_frame)
-    processor = Processor(tokenizer, image_processor, replace(family, opening=completion_prefix), "")
+    # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
+    load_kwargs = dict(dtype=dtype, device_map={"": device}, key_mapping=OLD_NAMES)
+    # Not for weights that are in 4 bit already: their config wins, and even None would replace it.
+    if not checkpoints.check_weight_files(name, config, load_in_4bit) and quantize:
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        nf4 |= dict(bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(family.skip_4bit))
+        load_kwargs["quantization_config"] = hf.BitsAndBytesConfig(**nf4)
+    # Packed passes need sdpa: eager attention adds a bool mask as 0 and 1. Pickles and a model's own code
+    # could do anything; unset, transformers asks whether to run that code.
+    load_kwargs |= dict(attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False)
+    # Weights that do not fit are all named in loading_info, and refused there.
+    load_kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    with checkpoints.one_sentence(name, "download it again"):
+        auto_model = hf.AutoModelForImageTextToText
+        model, loading_info = auto_model.from_pretrained(model_folder(name), **load_kwargs)
+    checkpoints.check_loaded_weights(name, loading_info)
+    for parameter in model.parameters():
+        # What is not quantised in a 4-bit checkpoint would stay in the dtype that it was saved in.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights, and no gradient passes through them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype  # a 4-bit checkpoint may name another
     return make_policy(model.eval().requires_grad_(False), processor, device)
 
 
@@ -144,14 +156,16 @@ def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
 
 def load_adapter(policy: Policy, folder: Path) -> Policy:
     """The policy with a trained adapter from a folder in PEFT's format; UserError where it does not fit."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"--adapter {folder} holds no {name}: give the adapter folder of a run.")
+    checkpoints.check_adapter_files(folder, policy.base_model.name_or_path)
     try:
-        return replace(policy, model=PeftModel.from_pretrained(policy.model, folder).eval())
-    except (OSError, RuntimeError, ValueError) as error:
-        error_text = str(error).splitlines()[0]
-        message = (
-            f"--adapter {folder} does not fit the model ({error_text}): pass the --model it was trained on."
-        )
-        raise UserError(message) from None
+        model = PeftModel.from_pretrained(policy.model, folder, key_mapping=OLD_NAMES).eval()
+        saved = load_peft_weights(str(folder), device="cpu", key_mapping=OLD_NAMES).keys()
+        # PEFT only warns of layers without weights, and says nothing of weights without a layer.
+        loaded = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        if unmatched := sorted(saved ^ loaded):
+            raise ValueError(f"{len(unmatched)} weights have no counterpart, first {unmatched[0]}")
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        error_text = str(error).splitlines()[0][:180]
+        reason = f"does not fit the model ({error_text}): pass the --model it was trained on"
+        raise UserError(f"--adapter {folder} {reason}.") from None
+    return replace(policy, model=model)
