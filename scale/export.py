@@ -13,16 +13,16 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import transformers as hf
 from PIL import Image
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data import Cue, CueConfig, cue_flags, open_cues
+from files.checkpoints import read_processors
 from files.disk import file_stats, fingerprint, write_json
-from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from files.errors import FlagParser, UserError, exit_on_error
 from models import read_family
-from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, opening, prompt_text
+from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, prompt_text
 from training.run_folder import lock_run_folder, require_same_settings
 
 EASYR1_PIXELS = (512**2, 2048**2)  # data.min_pixels and data.max_pixels in its examples and in easyr1.yaml
@@ -87,15 +87,10 @@ def find_target(engine: str, model: str | None, frame: str | None, pixels: list[
 
 def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, int]]:
     """The family, cell and pixel limits of a model, read from its small files without its weights."""
-    _, family = read_family(name, frame)
-    folder, safe = model_folder(name), dict(trust_remote_code=False)
-    try:
-        processor = hf.AutoImageProcessor.from_pretrained(folder, **safe)
-        prefix = opening(hf.AutoTokenizer.from_pretrained(folder, **safe))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    config, family = read_family(name, frame)
+    _, processor = read_processors(name, config)
     own = processor.size["shortest_edge"], processor.size["longest_edge"]
-    return replace(family, opening=prefix), processor.patch_size * processor.merge_size, own
+    return family, processor.patch_size * processor.merge_size, own
 
 
 # ---------------------------------------------------------------- rows
