@@ -238,6 +238,19 @@ def test_a_4bit_folder_cannot_be_loaded_in_16_bit(sound, folder):
     refused(folder, "quantised (bitsandbytes)", "leave --no-load-in-4bit out", load_in_4bit=False)
 
 
+def test_4bit_weights_without_their_scales_are_refused(sound, folder):
+    save_quantised(sound, folder, load_in_4bit=True)
+    edit_weights(
+        folder, lambda w: {k: v for k, v in w.items() if "absmax" not in k and "quant_state" not in k}
+    )
+    refused(folder, load_in_4bit=None)
+
+
+def test_memory_that_runs_out_is_no_damaged_folder():
+    with pytest.raises(torch.OutOfMemoryError), checkpoints.one_sentence("name", "remedy"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 @pytest.mark.parametrize("flag", [None, True, False])
 def test_an_8bit_folder_is_refused(flag, folder):
     quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
@@ -307,6 +320,12 @@ def test_a_missing_image_processor_is_named(folder):
     refused(folder, "copy", "preprocessor_config.json")
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": content}))
     assert load(folder), "another place where it may be"
+
+
+def test_an_image_processor_of_another_family_is_refused(folder):
+    patch_size = json.loads((folder / "preprocessor_config.json").read_text())["patch_size"]
+    edit_json(folder / "preprocessor_config.json", patch_size=30 - patch_size)  # 14 for 16, and back
+    refused(folder, "image processor", "patches")
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json", "chat_template.jinja"])
