@@ -42,8 +42,8 @@ def one_sentence(name: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers and Jinja raise nothing more special
-        # Memory that runs out has a sentence of its own.
-        if isinstance(error, UserError) or "memory" in str(error):
+        # Memory that runs out has a sentence of its own (training/memory.py), also while weights are quantised.
+        if isinstance(error, UserError) or re.search("memory|automatic conversion", str(error)):
             raise
         text = (str(error) or repr(error)).splitlines()[0].split(". ")[0][:120].rstrip(".: ")
         if "couldn't connect" in text:
