@@ -1,23 +1,57 @@
 """Where a reply to a published benchmark gives its answer: an option's letter, yes or no, a box, a text."""
 
 import re
+from unicodedata import normalize
 
-from reward import Box, answer_of, parse_box
+from reward import Box, answer_of
 
-LATEX = re.compile(r"\\[A-Za-z]+|[{}$]")
+LATEX = re.compile(r"\\[A-Za-z]+|[{}$_\ue000-\uf8ff]")  # and Markdown's _, and the marks of option_marks()
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,99}\}){0,999})\}")
-NOUN = r"(?:answer|(?:correct|right|best|final) (?:option|choice))"
-ANSWER_IS = re.compile(rf"\b{NOUN}\b[\s*_]{{0,4}}(?:is\b|:)[\s:*]{{0,8}}", re.I)
-# A letter outside words, abbreviations ("e.g.", "C++"), contractions ("I'm") and compounds ("A-frame").
-BEFORE = r"(?<!\w)(?<!\w['’.+&/-])"
-AFTER = r"(?!\w|[+#]|['’&/-]\w|\.[A-Za-z](?![A-Za-z]))"
+NOUN = r"(?:answer|letter|(?:correct|right|best|final) (?:option|choice))"
+VERB = r"(?:is\b|(?:should|would|must) be\b|:|(?<=\s)-\s)"
+ANSWER_IS = re.compile(rf"\b{NOUN}\b[\s*_\"]{{0,4}}{VERB}[\s:*]{{0,8}}", re.I)
+# A letter outside words, units ("°C"), abbreviations ("e.g.", "C++"), "I'm" and compounds ("A-frame").
+CHAR = r"[^\W\u3000-\u9fff]"  # of a word; Chinese has no spaces between words
+BEFORE = rf"(?<!{CHAR}|°)(?<!{CHAR}['’.+&/-])"
+AFTER = rf"(?!{CHAR}|[+#]|['’&/-]\w|\.[A-Za-z](?![A-Za-z]))"
 # "A" and "I" must not be the article and the pronoun: of words, only a few follow them, as in "A is right".
-WORD = r"[ \t]{1,9}(?!(?:is|was|and|or|but|because|since|as|for|in|on|which|seems)\b)\w"
-LETTER = rf"{BEFORE}([B-HJ-Zb-hj-z]|[AaIi](?!{WORD})){AFTER}"
+VERBS = "is|was|are|were|has|can|seems|looks|fits|matches|and|or|nor|but|because|since|as|for|in|on|which|not|rather|instead|over"
+WORD = rf"[ \t]{{1,9}}(?!(?:{VERBS})\b)[\w\ue000-\uf8ff]"
+LETTER = rf"{BEFORE}(?:[B-HJ-Zb-hj-z]|[AaIi](?!{WORD})){AFTER}"
 # A letter at the beginning, unless another one follows: "A or B" is no choice.
 OTHER = r"[\s)*.]{0,9}(?:,|&|and\b|or\b)[\s(*]{0,9}[A-Z]\b"
 LABEL = r"[\s*_\"'`(\[<:]{0,12}(?:(?:option|choice|answer)\b[\s:*(]{0,8})?"
-LEADING = re.compile(rf"{LABEL}{LETTER}(?!{OTHER})", re.I)
+LEADING = re.compile(rf"{LABEL}({LETTER})(?!{OTHER})", re.I)
+# A letter that the words before it choose; after "option" and the like, "A" is no article.
+CHOSEN = r"so|thus|hence|therefore|(?:must|should) be|choose|pick|select|go with"
+NAMED = re.compile(
+    rf"(?:\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({LETTER})"
+    rf"|\b(?:option|choice|answer(?: is)?)[\s:*(\"']{{1,6}}({BEFORE}A{AFTER})",
+    re.I,
+)
+# What a reply excludes ("not A", "neither A nor B", "C is wrong") and what it only lists ("A. red / B. blue").
+MARK = r"[\ue000-\uf8ff]"
+CLOSE = r"[)\"'*\]]{0,3}"
+TOKEN = rf"(?:{LETTER}{CLOSE}(?:[.:]?\s?{MARK})?|{MARK}{CLOSE})"
+ITEM = rf"(?:(?:option|choice|the|an?)\s){{0,2}}[(\"'*\[]{{0,3}}{TOKEN}"
+ITEMS = rf"{ITEM}(?:(?:, | and | or | nor ){ITEM}){{0,3}}"
+SUBJECTS = rf"{TOKEN}(?:\s?is|(?:(?:, | and | or ){ITEM}){{0,3}}\s?are)"
+NOT = r"(?:\b(?:not|neither|rather than|instead of|unlike)|n['’]t|(?<=\b[A-Z]\s)over|不[是选])"
+WRONG = r"(?:n['’]t|\s(?:\w+ly\s)?(?:not|wrong|incorrect|false))\b"
+EXCLUDED = re.compile(rf"{NOT}\s?(?:be\s)?{ITEMS}|{SUBJECTS}{WRONG}", re.I)
+LISTED = re.compile(rf"(?:[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}){{2,}}")
+
+
+# "no" that is no answer, and both words as answers, which are none: "Yes/No", "Yes. No."
+NO_ANSWER = re.compile(r"\bno (?:doubt|question|problem)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong\b)")
+BOTH = re.compile(r"\W*(yes|no)(?:\W+|\W+and\W+)(?!\1)(?:yes|no)\b(?!\s+\w)|\W*(?:\w+\W+){1,6}?(?:yes or no|no or yes)\W*$")
+# Four numbers ("[1, 2, 3, 4]", "x1=1, y1=2 …") or two pairs ("(1, 2) to (3, 4)") of at most nine digits.
+NUMBER = r"(?:[\"']?[xy]\w{0,4}[\"']?\s?[:=]\s?)?([+-]?\d{1,9}(?:\.\d{0,9})?)(?!\d)"
+GAP = r"[\s,;]{1,40}"
+PAIR = rf"[(\[]\s?{NUMBER}{GAP}{NUMBER}\s?[)\]]"
+FOUR_NUMBERS = re.compile(
+    rf"(?<![\w.+-])(?<!\d[,;\s])(?<!\d[,;]\s){GAP.join([NUMBER] * 4)}(?!{GAP}\d)|{PAIR}\D{{1,30}}?{PAIR}"
+)
 
 
 def answer_parts(reply: str) -> list[str]:
@@ -36,40 +70,90 @@ def answer_parts(reply: str) -> list[str]:
     return [*([boxed[1]] if boxed else []), *stated, text]
 
 
-def choice_of(reply: str, options: dict[str, str]) -> str | None:
-    """The chosen letter: leading, the only one, or that of the only option whose text occurs.
+def plain(text: str) -> str:
+    """A text as options and replies are compared: full-width letters as ASCII, single spaces."""
+    text = LATEX.sub(" ", normalize("NFKC", text))
+    return re.sub(r"[ \t]+", " ", text).strip()
 
-    The first of these three that decides counts, in the surest part of the reply that decides.
+
+def mark_options(text: str, options: dict[str, str]) -> tuple[str, dict[str, str | None]]:
+    """The text with a mark in place of each option's text, so that "Gate B" holds no letter; mark: letter.
+
+    Where options share their text, the letter is None. A text that is itself an option's letter stays.
     """
-    texts = {letter: " ".join(text.lower().split()) for letter, text in options.items()}
-    names = "|".join(re.escape(text) for text in sorted(texts.values(), key=len, reverse=True) if text)
-    named = re.compile(rf"(?<![\w-])(?<!\d[.,])(?:{names})(?!\w|[.,]\d|-\w)")
-    for part in (LATEX.sub(" ", part) for part in answer_parts(reply)):
-        leading = {match[1].upper() for match in [LEADING.match(part)] if match}
-        letters = {letter.upper() for letter in re.findall(LETTER, part)}
-        found = set(named.findall(" ".join(part.lower().split())))
-        by_text = {letter for letter, text in texts.items() if text and text in found}
-        for chosen in (leading & texts.keys(), letters & texts.keys(), by_text):
+    forms, letters = [], {}
+    for letter, option in options.items():
+        words = plain(option).lower().split()
+        if words and "".join(words).upper() not in options:
+            form = r"\s{1,9}".join(map(re.escape, words))
+            forms.append(re.sub(r"(\d)(?:\\s{1,9})?(?=[a-z°%])", r"\1\\s{0,9}", form))  # "5 cm" is "5cm"
+            key = "".join(words)
+            letters[key] = None if key in letters else letter
+    marks = {key: chr(0xE000 + i) for i, key in enumerate(letters)}
+    names = "|".join(sorted(forms, key=len, reverse=True))
+    named = re.compile(rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names or '(?!)'})(?!{CHAR}|[.,]\d|-\w)", re.I)
+    text = named.sub(lambda match: marks.get("".join(match[0].lower().split()), match[0]), text)
+    return text, {marks[key]: letter for key, letter in letters.items()}
+
+
+def choice_of(reply: str, options: dict[str, str]) -> str | None:
+    """The chosen letter: leading, named, the only one, or that of the only option whose text occurs.
+
+    The first of these four that decides counts, in the surest part of the reply that decides. Options that
+    are only listed or excluded do not count.
+    """
+    for part in map(plain, answer_parts(reply)):
+        marked, letter_of_mark = mark_options(part, options)
+        marked = LISTED.sub(" ", marked)
+        kept = EXCLUDED.sub(" ", marked)
+        # A letter that is no option says nothing, and neither does what it excludes.
+        if any(letter.isupper() and letter not in options for letter in re.findall(LETTER, kept)):
+            kept = marked
+        leading = [match[1] for match in [LEADING.match(kept)] if match]
+        named = [letter for pair in NAMED.findall(kept)[-1:] for letter in pair if letter]
+        for letters in (leading, named, re.findall(LETTER, kept)):
+            chosen = {letter.upper() for letter in letters} & options.keys()
             if len(chosen) == 1:
                 return chosen.pop()
+        by_text = {letter_of_mark.get(mark) for mark in re.findall(MARK, kept)}
+        if len(by_text) == 1 and None not in by_text:
+            return by_text.pop()
     return None
 
 
 def yes_no(reply: str) -> str | None:
-    """ "yes" or "no": the first word of the answer, or the only one of the two that occurs in it."""
+    """ "yes" or "no": the first word of the answer, or the only one of the two that is an answer in it.
+
+    Before a noun "no" is an answer only where nothing else is: "No doubt, yes." is a yes.
+    """
     for part in answer_parts(reply):
-        words = re.findall(r"\w+", LATEX.sub(" ", part).lower())
-        found = {"yes", "no"}.intersection(words[:1]) or {"yes", "no"}.intersection(words)
+        text = NO_ANSWER.sub(" ", plain(part).lower())
+        if BOTH.match(text):
+            return None
+        first = re.match(r"\W*(yes\b|no\b(?!\s+\w))", text)
+        answers = re.findall(r"\byes\b|\bno\b(?!\s+\w)", text) or re.findall(r"\bno\b", text)
+        found = {first[1]} if first else set(answers)
         if len(found) == 1:
             return found.pop()
     return None
 
 
 def box_of(reply: str) -> Box | None:
-    """The box of the answer block, or the last four numbers in brackets ("bbox_2d": [10, 20, 30, 40])."""
-    lists = re.findall(r"\[[^][]{7,99}\]", answer_parts(reply)[-1])[::-1]
-    boxes = map(parse_box, [reply, *(f"<answer>{numbers}</answer>" for numbers in lists)])
-    return next(filter(None, boxes), None)
+    """The last box in the answer, the first of a list: four numbers, or two pairs in brackets.
+
+    >>> box_of('[{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [1, 2, 3, 4]}]')
+    (10.0, 20.0, 30.0, 40.0)
+    """
+    text = answer_parts(reply)[-1]
+    boxes, previous_end = [], 0
+    for match in FOUR_NUMBERS.finditer(text):
+        x1, y1, x2, y2 = (float(number) for number in match.groups() if number)
+        between = re.sub(r"\"[^\"]*\"", "", text[previous_end : match.start()])
+        in_list = boxes and re.fullmatch(r"[\s,:()[\]{}]*,[\s,:()[\]{}]*", between)
+        if x1 < x2 and y1 < y2 and not in_list:
+            boxes.append((x1, y1, x2, y2))
+        previous_end = match.end()
+    return boxes[-1] if boxes else None
 
 
 def contains(reply: str, answers: tuple[str, ...], category: str) -> bool:
