@@ -15,8 +15,10 @@ CHAR = r"[^\W\u3000-\u9fff]"  # of a word; Chinese has no spaces between words
 BEFORE = rf"(?<!{CHAR}|°)(?<!{CHAR}['’.+&/-])"
 AFTER = rf"(?!{CHAR}|[+#]|['’&/-]\w|\.[A-Za-z](?![A-Za-z]))"
 # "A" and "I" must not be the article and the pronoun: of words, only a few follow them, as in "A is right".
-VERBS = "is|was|are|were|has|can|seems|looks|fits|matches|and|or|nor|but|because|since|as|for|in|on|which|not|rather|instead|over"
-WORD = rf"[ \t]{{1,9}}(?!(?:{VERBS})\b)[\w\ue000-\uf8ff]"
+AFTER_A = (
+    "is|are|was|seems|looks|fits|and|or|nor|but|because|since|as|for|in|on|which|not|rather|instead|over"
+)
+WORD = rf"[ \t]{{1,9}}(?!(?:{AFTER_A})\b)[\w\ue000-\uf8ff]"
 LETTER = rf"{BEFORE}(?:[B-HJ-Zb-hj-z]|[AaIi](?!{WORD})){AFTER}"
 # A letter at the beginning, unless another one follows: "A or B" is no choice.
 OTHER = r"[\s)*.]{0,9}(?:,|&|and\b|or\b)[\s(*]{0,9}[A-Z]\b"
@@ -25,26 +27,29 @@ LEADING = re.compile(rf"{LABEL}({LETTER})(?!{OTHER})", re.I)
 # A letter that the words before it choose; after "option" and the like, "A" is no article.
 CHOSEN = r"so|thus|hence|therefore|(?:must|should) be|choose|pick|select|go with"
 NAMED = re.compile(
-    rf"(?:\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({LETTER})"
+    rf"(?:(?<!\bor )\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({LETTER})(?! or\b)"
     rf"|\b(?:option|choice|answer(?: is)?)[\s:*(\"']{{1,6}}({BEFORE}A{AFTER})",
     re.I,
 )
-# What a reply excludes ("not A", "neither A nor B", "C is wrong") and what it only lists ("A. red / B. blue").
+# What a reply excludes ("not A", "neither A nor B", "C is wrong"), and what it lists ("A. red / B. blue").
 MARK = r"[\ue000-\uf8ff]"
 CLOSE = r"[)\"'*\]]{0,3}"
 TOKEN = rf"(?:{LETTER}{CLOSE}(?:[.:]?\s?{MARK})?|{MARK}{CLOSE})"
 ITEM = rf"(?:(?:option|choice|the|an?)\s){{0,2}}[(\"'*\[]{{0,3}}{TOKEN}"
-ITEMS = rf"{ITEM}(?:(?:, | and | or | nor ){ITEM}){{0,3}}"
-SUBJECTS = rf"{TOKEN}(?:\s?is|(?:(?:, | and | or ){ITEM}){{0,3}}\s?are)"
+AND = r"(?:,? (?:and|or|nor) |, (?=\S{1,9} (?:and|or|nor) ))"  # "not A, B or C", but "rather than A, B"
+ITEMS = rf"{ITEM}(?:{AND}{ITEM}){{0,3}}"
+SUBJECTS = rf"{TOKEN}(?:\s?is|(?:{AND}{ITEM}){{0,3}}\s?are)"
 NOT = r"(?:\b(?:not|neither|rather than|instead of|unlike)|n['’]t|(?<=\b[A-Z]\s)over|不[是选])"
 WRONG = r"(?:n['’]t|\s(?:\w+ly\s)?(?:not|wrong|incorrect|false))\b"
-EXCLUDED = re.compile(rf"{NOT}\s?(?:be\s)?{ITEMS}|{SUBJECTS}{WRONG}", re.I)
-LISTED = re.compile(rf"(?:[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}){{2,}}")
-
-
+EXCLUDED = re.compile(rf"{NOT}\s?(?:(?:be|choose)\s)?{ITEMS}|{SUBJECTS}{WRONG}", re.I)
+LISTED = re.compile(
+    rf"(?:[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}){{2,}}"
+)
 # "no" that is no answer, and both words as answers, which are none: "Yes/No", "Yes. No."
-NO_ANSWER = re.compile(r"\bno (?:doubt|question|problem)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong\b)")
-BOTH = re.compile(r"\W*(yes|no)(?:\W+|\W+and\W+)(?!\1)(?:yes|no)\b(?!\s+\w)|\W*(?:\w+\W+){1,6}?(?:yes or no|no or yes)\W*$")
+NO_ANSWER = re.compile(
+    r"\bno (?:doubt|question|problem)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong\b)"
+)
+BOTH = re.compile(r"\W*(yes|no)\W+(?:and\W+)?(?!\1)(?:yes|no)\b(?!\s+\w)")
 # Four numbers ("[1, 2, 3, 4]", "x1=1, y1=2 …") or two pairs ("(1, 2) to (3, 4)") of at most nine digits.
 NUMBER = r"(?:[\"']?[xy]\w{0,4}[\"']?\s?[:=]\s?)?([+-]?\d{1,9}(?:\.\d{0,9})?)(?!\d)"
 GAP = r"[\s,;]{1,40}"
@@ -91,7 +96,9 @@ def mark_options(text: str, options: dict[str, str]) -> tuple[str, dict[str, str
             letters[key] = None if key in letters else letter
     marks = {key: chr(0xE000 + i) for i, key in enumerate(letters)}
     names = "|".join(sorted(forms, key=len, reverse=True))
-    named = re.compile(rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names or '(?!)'})(?!{CHAR}|[.,]\d|-\w)", re.I)
+    named = re.compile(
+        rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names or '(?!)'})(?!{CHAR}|[.,]\d|-\w)", re.I
+    )
     text = named.sub(lambda match: marks.get("".join(match[0].lower().split()), match[0]), text)
     return text, {marks[key]: letter for key, letter in letters.items()}
 

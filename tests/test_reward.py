@@ -36,6 +36,10 @@ def in_front_of_a_box(text: str) -> str:
     return answered(f"[{text}1, 2, 3, 4]")
 
 
+def in_a_label(text: str) -> str:
+    return answered(f'[{{"bbox_2d": [1, 2, 3, 4], "label": "{text}')
+
+
 def behind_a_number(text: str) -> str:
     return answered(f"[1,{text}")
 
@@ -53,6 +57,47 @@ def behind_a_number(text: str) -> str:
 )
 def test_a_box_is_read(text, box):
     assert parse_box(text) == box
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]',
+        '[{"bbox_2d": [1, 2, 3, 4]}]',
+        '{"bbox_2d": [1, 2, 3, 4], "label": "a \\"cup\\", or {two}"}',
+        '{"label": "cup", "bbox_2d": [1, 2, 3, 4]}',
+        ' { "bbox_2d" : [ 1, 2.0, 3, 4 ] } ',
+        '```json\n[\n\t{"bbox_2d": [1, 2, 3, 4], "label": "cup"}\n]\n```',
+        '\n```json\n{"bbox_2d": [1, 2, 3, 4]}\n```\n',
+        "```\n[1, 2, 3, 4]\n```",
+    ],
+)
+def test_a_box_in_json_is_read(inside):
+    assert parse_box(answered(inside)) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',
+        '{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4]} [1, 2, 3, 4]',
+        'The cup: {"bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4]} is the cup',
+        '[{"bbox_2d": [1, 2, 3, 4]}',  # not closed
+        '{"bbox_2d": [1, 2, 3, 4]}]',
+        '```json\n{"bbox_2d": [1, 2, 3, 4]}',
+        "[1, 2, 3, 4]\n```",
+        "{[1, 2, 3, 4]}",
+        '[1, 2, 3, 4, "label": "cup"]',
+        '{"bbox_2d": [3, 2, 1, 4]}',  # inverted
+        '{"bbox_2d": [NaN, 2, 3, 4]}',
+        '{"bbox_2d": "[1, 2, 3, 4]"}',
+        '{"bbox_2d": [[1, 2, 3, 4]]}',
+    ],
+)
+def test_other_json_is_no_box(inside):
+    assert parse_box(answered(inside)) is None
 
 
 @pytest.mark.parametrize(
@@ -122,9 +167,15 @@ def test_anything_else_is_no_box(text):
         "1.",
         "\n",
         "-",
+        "{",
+        '"',
+        "\\",
+        "```json",
+        '{"bbox_2d": [1, 2, 3, 4]}',
+        '"label": "cup",',
     ],
 )
-@pytest.mark.parametrize("wrap", [str, answered, in_front_of_a_box, behind_a_number])
+@pytest.mark.parametrize("wrap", [str, answered, in_front_of_a_box, behind_a_number, in_a_label])
 def test_100_kb_of_anything_is_quick(piece, wrap):
     text = wrap(piece * (100_000 // len(piece)))
     best = math.inf

@@ -59,7 +59,8 @@ CHOICE = [
     "The correct choice is {L}, which says {T}.", "Hence, option ({L}) is correct.",
     "The picture shows {T}, which corresponds to option {L}.", "The letter is {L}.",
     # "answer"
-    "Answer: {L}", "Answer: {L}. {T}", "**Answer:** {L}", "**Answer: {L}**", "**Answer**: **{L}**", "ANSWER: {L}",
+    "Answer: {L}", "Answer: {L}. {T}", "**Answer:** {L}", "**Answer: {L}**", "**Answer**: **{L}**",
+    "ANSWER: {L}",
     "Answer is {L}", "Answer - {L}", "The answer is {L}.", "The answer is ({L}).", "The answer is {L}. {T}",
     "The answer is {L}: {T}.", "The answer is **{L}. {T}**.", "The answer is \"{L}\".", "My answer is {L}",
     "The correct answer is {L}: {T}.", "The correct answer is **{L}**.", "Correct answer: {L}",
@@ -69,7 +70,8 @@ CHOICE = [
     "The best answer is:\n{L}", "Therefore, the correct answer is:\n\n**{L}. {T}**",
     "Looking closely at the sign in the middle, one reads its label. Therefore, the answer is {L}.",
     "The answer is {L} because the other objects are too small.", "So the answer is {L}. I hope this helps!",
-    '{{"answer": "{L}"}}', '```json\n{{"answer": "{L}"}}\n```', '{{"answer": "{L}", "reason": "one can see it"}}',
+    '{{"answer": "{L}"}}', '```json\n{{"answer": "{L}"}}\n```',
+    '{{"answer": "{L}", "reason": "one can see it"}}',
     # LaTeX and tags
     "\\boxed{{{L}}}", "\\boxed{{\\text{{{L}}}}}", "\\boxed{{\\text{{{L}. {T}}}}}", "\\boxed{{{T}}}",
     "The answer is $\\boxed{{{L}}}$.", "So we have\n\\[\n\\boxed{{{L}}}\n\\]", "<answer>{L}</answer>",
@@ -99,7 +101,8 @@ CHOICE = [
     "The options are {COMMAS}. The picture matches option {L}.", "{LIST}\n\nThe correct one is {L}. {T}",
     "1. Look at the picture.\n2. Compare.\n\nAnswer: {L}",
     # Chinese and full-width letters
-    "选{L}", "答案是{L}", "答案:{L}", "答案：{L}", "答案为{L}。", "正确答案是：{L}", "选项{L}", "应该选{L}。", "{F}",
+    "选{L}", "答案是{L}", "答案:{L}", "答案：{L}", "答案为{L}。", "正确答案是：{L}", "选项{L}",
+    "应该选{L}。", "{F}",
     "答案：{F}", "（{F}）", "{F}。{T}", "因此，正确答案是{L}。", "选择{L}，而不是{W}",
 ]  # fmt: skip
 NO_CHOICE = [
@@ -109,46 +112,64 @@ NO_CHOICE = [
 ]  # fmt: skip
 YES_NO = {
     "yes": [
-        "Yes", "yes", "YES", "Yes.", "**Yes**", "_Yes_", "Yes!", '"Yes"', "Yes, there is a {n} in the picture.",
+        "Yes", "yes", "YES", "Yes.", "**Yes**", "_Yes_", "Yes!", '"Yes"',
+        "Yes, there is a {n} in the picture.",
         "Yes, there is no doubt.", "yes, there is no doubt", "No doubt, yes.", "There is no doubt: yes.",
         "The answer is yes.", "Answer: Yes", "**Answer:** Yes", "I would say yes.", "\\boxed{{yes}}",
-        "\\boxed{{\\text{{Yes}}}}", "<answer>Yes</answer>", "<think>No {n}? I see it now.</think><answer>Yes</answer>",
-        "<think>no</think>Yes", "Yes, the {n} is on the left, no other object is near.", "Without question, yes.",
-        "Yes - the {n} is there.", "The correct answer is: **Yes**", "It is there, so yes.", "Yes\n\nThe {n} is red.",
+        "\\boxed{{\\text{{Yes}}}}", "<answer>Yes</answer>",
+        "<think>No {n}? I see it now.</think><answer>Yes</answer>",
+        "<think>no</think>Yes", "Yes, the {n} is on the left, no other object is near.",
+        "Without question, yes.",
+        "Yes - the {n} is there.", "The correct answer is: **Yes**", "It is there, so yes.",
+        "Yes\n\nThe {n} is red.",
         "The answer is yes, not no.", "ＹＥＳ", '{{"answer": "yes"}}', "Yes, no question about it.",
     ],
     "no": [
         "No", "no", "NO", "No.", "**No**", "_No_", "No!", "'No'", "No, there is no {n} in the picture.",
         "There is no {n}.", "No {n} is visible.", "I see no {n} here.", "The answer is no.", "Answer: No",
         "No, yes would be wrong.", "\\boxed{{no}}", "<answer>No</answer>", "<think>Yes?</think>\n\nNo",
-        "<think>A {n}? yes or no</think><answer>No.</answer>", "I would say no.", "The picture is dark, so no.",
+        "<think>A {n}? yes or no</think><answer>No.</answer>", "I would say no.",
+        "The picture is dark, so no.",
         "No, the {n} is not there.", "No - it is a chair.", "The correct answer is: **No**", "no, not at all",
         "No\n\nThe picture shows a chair.", "The answer is no, not yes.", "No, there isn't a {n}.",
         '{{"answer": "No"}}', "No. There is no {n} and no table.",
     ],
     None: [
-        "", "Yes/No", "yes/no", "Yes. No.", "It may be yes or no", "I cannot tell.", "The {n} is there.", "No/Yes",
+        "", "Yes/No", "yes/no", "Yes. No.", "It may be yes or no", "I cannot tell.", "The {n} is there.",
+        "No/Yes",
         "<think>yes", "Either yes or no.",
     ],
 }  # fmt: skip
 NOUNS = ["dog", "cat", "bottle", "dining table", "person", "red car", "traffic light", "umbrella"]
 BOXES = [
     "[{b}]", "<answer>[{b}]</answer>", "<think>left</think><answer>[{b}]</answer>", "({b})", "{b}", "{s}",
-    "<answer>({b})</answer>", "<answer>{b}</answer>", "{p}", "({x1},{y1}),({x2},{y2})", "({x1}, {y1}) to ({x2}, {y2})",
+    "<answer>({b})</answer>", "<answer>{b}</answer>", "{p}", "({x1},{y1}),({x2},{y2})",
+    "({x1}, {y1}) to ({x2}, {y2})",
     "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>", "<ref>cup</ref><box>({x1},{y1}),({x2},{y2})</box>",
-    "<box>{s}</box>", "[{s}]", "[[{b}]]", "[{b}].", "The box is [{b}].", "The cup is at [{b}] in the picture.",
+    "<box>{s}</box>", "[{s}]", "[[{b}]]", "[{b}].", "The box is [{b}].",
+    "The cup is at [{b}] in the picture.",
     '```json\n[{{"bbox_2d": [{b}], "label": "cup"}}]\n```', '[{{"bbox_2d": [{b}]}}]', '{{"bbox_2d": [{b}]}}',
     '```json\n[\n\t{{"bbox_2d": [{b}], "label": "cup"}},\n\t{{"bbox_2d": [{c}], "label": "dog"}}\n]\n```',
-    '[{{"bbox_2d": [{b}]}}, {{"bbox_2d": [{c}]}}]', "[[{b}], [{c}]]", '{{"bbox_2d": [{b}], "label": "cup 2"}}',
+    '[{{"bbox_2d": [{b}]}}, {{"bbox_2d": [{c}]}}]', "[[{b}], [{c}]]",
+    '{{"bbox_2d": [{b}], "label": "cup 2"}}',
     '<answer>[{{"bbox_2d": [{b}], "label": "cup"}}]</answer>', '{{"bounding_box": [{b}]}}',
     '<think>[{c}]</think><answer>```json\n{{"bbox_2d": [{b}], "label": "cup"}}\n```</answer>',
     "At first [{c}], but rather [{b}]", "[{c}] no, [{b}]", "The dog is at [{c}]. The cup is at [{b}].",
     "top-left ({x1}, {y1}), bottom-right ({x2}, {y2})", "x1={x1}, y1={y1}, x2={x2}, y2={y2}",
     '{{"x1": {x1}, "y1": {y1}, "x2": {x2}, "y2": {y2}}}', "\\boxed{{[{b}]}}", "**[{b}]**", "Answer: [{b}]",
-    "The answer is ({b}).", "The coordinates are {b}.", "[{x1}.0, {y1}.5, {x2}.0, {y2}.25]", "x1: {x1}, y1: {y1}, x2: {x2}, y2: {y2}",
+    "The answer is ({b}).", "The coordinates are {b}.", "[{x1}.0, {y1}.5, {x2}.0, {y2}.25]",
+    "x1: {x1}, y1: {y1}, x2: {x2}, y2: {y2}",
     "[({x1}, {y1}), ({x2}, {y2})]", "[[{x1}, {y1}], [{x2}, {y2}]]",
 ]  # fmt: skip
-NO_BOX = ["", "nowhere", "[{x1}, {y1}, {x2}]", "[{x2}, {y2}, {x1}, {y1}]", "<think>[{b}]", "I see {x1} cups.", "[{b}, 7]"]
+NO_BOX = [
+    "",
+    "nowhere",
+    "[{x1}, {y1}, {x2}]",
+    "[{x2}, {y2}, {x1}, {y1}]",
+    "<think>[{b}]",
+    "I see {x1} cups.",
+    "[{b}, 7]",
+]
 
 
 def choice_replies(seed: int = 0) -> Iterator[tuple[str, dict[str, str], str | None, str]]:
@@ -187,7 +208,11 @@ def box_replies(seed: int = 0) -> Iterator[tuple[str, tuple | None, str]]:
             x1, y1, c1, c2 = (rng.randint(0, 499) for _ in range(4))
             x2, y2 = x1 + rng.randint(5, 500), y1 + rng.randint(5, 500)
             fields = {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "b": f"{x1}, {y1}, {x2}, {y2}"}
-            fields |= {"s": f"{x1} {y1} {x2} {y2}", "p": f"({x1},{y1}),({x2},{y2})", "c": f"{c1}, {c2}, {c1 + 9}, {c2 + 9}"}
+            fields |= {
+                "s": f"{x1} {y1} {x2} {y2}",
+                "p": f"({x1},{y1}),({x2},{y2})",
+                "c": f"{c1}, {c2}, {c1 + 9}, {c2 + 9}",
+            }
             decimals = (0, 0.5, 0, 0.25) if ".25" in template else (0, 0, 0, 0)
             box = tuple(float(value + part) for value, part in zip((x1, y1, x2, y2), decimals, strict=True))
             yield template.format(**fields), box if template in BOXES else None, template
