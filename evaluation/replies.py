@@ -24,13 +24,11 @@ LETTER = rf"{BEFORE}(?:[B-HJ-Zb-hj-z]|[AaIi](?!{WORD})){AFTER}"
 OTHER = r"[\s)*.]{0,9}(?:,|&|and\b|or\b)[\s(*]{0,9}[A-Z]\b"
 LABEL = r"[\s*_\"'`(\[<:]{0,12}(?:(?:option|choice|answer)\b[\s:*(]{0,8})?"
 LEADING = re.compile(rf"{LABEL}({LETTER})(?!{OTHER})", re.I)
-# A letter that the words before it choose; after "option" and the like, "A" is no article.
+# A letter that the words before it choose; there, a capital "A" is no article but before an option's text.
 CHOSEN = r"so|thus|hence|therefore|(?:must|should) be|choose|pick|select|go with"
-NAMED = re.compile(
-    rf"(?:(?<!\bor )\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({LETTER})(?! or\b)"
-    rf"|\b(?:option|choice|answer(?: is)?)[\s:*(\"']{{1,6}}({BEFORE}A{AFTER})",
-    re.I,
-)
+KEYWORD = rf"(?<!\bor )(?:\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])"
+CAPITAL_A = rf"(?-i:{BEFORE}A{AFTER})(?! ?[\ue000-\uf8ff])"
+NAMED = re.compile(rf"{KEYWORD}[\s,:*(\"'\[]{{0,6}}({CAPITAL_A}|{LETTER})(?! or\b)", re.I)
 # What a reply excludes ("not A", "neither A nor B", "C is wrong"), and what it lists ("A. red / B. blue").
 MARK = r"[\ue000-\uf8ff]"
 CLOSE = r"[)\"'*\]]{0,3}"
@@ -42,21 +40,17 @@ SUBJECTS = rf"{TOKEN}(?:\s?is|(?:{AND}{ITEM}){{0,3}}\s?are)"
 NOT = r"(?:\b(?:not|neither|rather than|instead of|unlike)|n['’]t|(?<=\b[A-Z]\s)over|不[是选])"
 WRONG = r"(?:n['’]t|\s(?:\w+ly\s)?(?:not|wrong|incorrect|false))\b"
 EXCLUDED = re.compile(rf"{NOT}\s?(?:(?:be|choose)\s)?{ITEMS}|{SUBJECTS}{WRONG}", re.I)
-LISTED = re.compile(
-    rf"(?:[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}){{2,}}"
-)
+LISTED_ITEM = rf"[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}"
+LISTED = re.compile(rf"(?:{LISTED_ITEM}){{2,}}")
 # "no" that is no answer, and both words as answers, which are none: "Yes/No", "Yes. No."
-NO_ANSWER = re.compile(
-    r"\bno (?:doubt|question|problem)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong\b)"
-)
+NO_ANSWER = re.compile(r"\bno (?:doubt|question)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong)")
 BOTH = re.compile(r"\W*(yes|no)\W+(?:and\W+)?(?!\1)(?:yes|no)\b(?!\s+\w)")
 # Four numbers ("[1, 2, 3, 4]", "x1=1, y1=2 …") or two pairs ("(1, 2) to (3, 4)") of at most nine digits.
 NUMBER = r"(?:[\"']?[xy]\w{0,4}[\"']?\s?[:=]\s?)?([+-]?\d{1,9}(?:\.\d{0,9})?)(?!\d)"
 GAP = r"[\s,;]{1,40}"
 PAIR = rf"[(\[]\s?{NUMBER}{GAP}{NUMBER}\s?[)\]]"
-FOUR_NUMBERS = re.compile(
-    rf"(?<![\w.+-])(?<!\d[,;\s])(?<!\d[,;]\s){GAP.join([NUMBER] * 4)}(?!{GAP}\d)|{PAIR}\D{{1,30}}?{PAIR}"
-)
+FIRST, LAST = r"(?<![\w.+-])(?<!\d[,;\s])(?<!\d[,;]\s)", rf"(?!{GAP}\d)"  # of all the numbers there
+FOUR_NUMBERS = re.compile(rf"{FIRST}{GAP.join([NUMBER] * 4)}{LAST}|{PAIR}\D{{1,30}}?{PAIR}")
 
 
 def answer_parts(reply: str) -> list[str]:
@@ -89,16 +83,15 @@ def mark_options(text: str, options: dict[str, str]) -> tuple[str, dict[str, str
     forms, letters = [], {}
     for letter, option in options.items():
         words = plain(option).lower().split()
-        if words and "".join(words).upper() not in options:
-            form = r"\s{1,9}".join(map(re.escape, words))
-            forms.append(re.sub(r"(\d)(?:\\s{1,9})?(?=[a-z°%])", r"\1\\s{0,9}", form))  # "5 cm" is "5cm"
-            key = "".join(words)
+        if words and (key := "".join(words)).upper() not in options:
             letters[key] = None if key in letters else letter
+            # "5 cm" is "5cm" too
+            forms.append(
+                re.sub(r"(\d) ?(?=[a-z°%])", r"\1 ?", " ".join(map(re.escape, words))).replace(" ", r"\s")
+            )
     marks = {key: chr(0xE000 + i) for i, key in enumerate(letters)}
-    names = "|".join(sorted(forms, key=len, reverse=True))
-    named = re.compile(
-        rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names or '(?!)'})(?!{CHAR}|[.,]\d|-\w)", re.I
-    )
+    names = "|".join(sorted(forms, key=len, reverse=True)) or "(?!)"  # of "red" and "red car" the longer
+    named = re.compile(rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names})(?!{CHAR}|[.,]\d|-\w)", re.I)
     text = named.sub(lambda match: marks.get("".join(match[0].lower().split()), match[0]), text)
     return text, {marks[key]: letter for key, letter in letters.items()}
 
@@ -117,8 +110,7 @@ def choice_of(reply: str, options: dict[str, str]) -> str | None:
         if any(letter.isupper() and letter not in options for letter in re.findall(LETTER, kept)):
             kept = marked
         leading = [match[1] for match in [LEADING.match(kept)] if match]
-        named = [letter for pair in NAMED.findall(kept)[-1:] for letter in pair if letter]
-        for letters in (leading, named, re.findall(LETTER, kept)):
+        for letters in (leading, NAMED.findall(kept)[-1:], re.findall(LETTER, kept)):
             chosen = {letter.upper() for letter in letters} & options.keys()
             if len(chosen) == 1:
                 return chosen.pop()
