@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -33,6 +33,7 @@ from files.pictures import ENDINGS, FORMATS, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
+OPENXLAB = "opencompass.openxlab.space/utils/"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Benchmark:
 
     file: str  # name or pattern, or several: "a.tsv or b.tsv"
     kind: str = "choice"  # choice | yesno | box | string
-    source: str = "opencompass.openxlab.space/utils/VLMEval"  # or a data set of huggingface.co
+    source: str = OPENXLAB + "VLMEval"  # or a data set of huggingface.co
     over: tuple[str, ...] = ()  # the score is the mean over the groups of these columns, nested
     own: str = ""  # glob of the data set's own files, where it has a folder of them
     judged: bool = False  # officially a model judges the replies, so our score by rules is not comparable
@@ -50,40 +51,36 @@ class Benchmark:
 HR_BENCH = partial(Benchmark, source="DreamMr/HR-Bench", over=("cycle_category",))
 CV_BENCH = {"cvbench": "CV-Bench-?D.tsv", "cvbench2d": "CV-Bench-2D.tsv", "cvbench3d": "CV-Bench-3D.tsv"}
 MME_REALWORLD = partial(Benchmark, source="yifanzhang114/MME-RealWorld-Base64")
-CHOICE = {
-    "mmstar": "MMStar",
-    "realworldqa": "RealWorldQA",
-    "ai2d": "AI2D_TEST",
-    "blink": "BLINK",
-    "mmvp": "MMVP",
-}
+CHOICE = ("MMStar", "RealWorldQA", "AI2D_TEST", "BLINK", "MMVP")
 REFCOCO = Benchmark("RefCOCO*.tsv", "box", "mjuicem/RefCOCO-VLMEvalKit", ("split",))
-VSTAR = Benchmark("VStarBench.tsv", "choice", "craigwu/vstar_bench (folders), xjtupanda/VStar_Bench")
-BABYVISION = Benchmark("BabyVision.tsv", "choice", "UnipatAI/BabyVision (meta_data.jsonl)", judged=True)
-MATHVERSE = Benchmark("MathVerse_MINIV.tsv or MathVerse_MINI.tsv", judged=True)
-JUDGED = ("MathVision", "WeMath", "LogicVista")
+VSTAR = "craigwu/vstar_bench (folders), xjtupanda/VStar_Bench"
+JUDGED = partial(Benchmark, judged=True)
 BENCHMARKS = {
-    "table": Benchmark("*.tsv", source="your own questions, with the columns of MMStar.tsv"),
-    "vstar": replace(VSTAR, own="[dr]*_[ap]*/[!.]*.json"),  # direct_attributes and relative_position
+    "table": Benchmark("*.tsv", source="your own questions, in the columns of MMStar.tsv"),
+    # Its own folders are direct_attributes and relative_position.
+    "vstar": Benchmark("VStarBench.tsv", source=VSTAR, own="[dr]*_[ap]*/[!.]*.json"),
     "hrbench4k": HR_BENCH("hr_bench_4k.tsv or HRBench4K.tsv"),
     "hrbench8k": HR_BENCH("hr_bench_8k.tsv or HRBench8K.tsv"),
     "treebench": Benchmark("TreeBench.tsv", source="HaochenWang/TreeBench"),
     **{name: Benchmark(file, over=("split", "source")) for name, file in CV_BENCH.items()},
     "mme_realworld": MME_REALWORLD("MME-RealWorld.tsv"),
     "mme_realworld_lite": MME_REALWORLD("mme_realworld_lite.tsv or MME-RealWorld-Lite.tsv"),
-    **{name: Benchmark(f"{file}.tsv") for name, file in CHOICE.items()},
+    **{name.lower().partition("_")[0]: Benchmark(f"{name}.tsv") for name in CHOICE},
     "pope": Benchmark("POPE.tsv", "yesno"),
     "hallusionbench": Benchmark("HallusionBench.tsv", "yesno"),
     "ocrbench": Benchmark("OCRBench.tsv", "string"),
     "countbenchqa": Benchmark("CountBenchQA.tsv", "string"),
     **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), REFCOCO),
-    "babyvision": replace(BABYVISION, own="**/meta_data.jsonl"),  # VLMEvalKit unpacks it two folders below
-    "mathverse": replace(MATHVERSE, source="opencompass.openxlab.space/utils/benchmarks/MathVerse"),
-    **{name.lower(): Benchmark(f"{name}.tsv", judged=True) for name in JUDGED},
+    # VLMEvalKit unpacks BabyVision two folders below its own.
+    "babyvision": JUDGED("BabyVision.tsv", source="UnipatAI/BabyVision", own="**/meta_data.jsonl"),
+    "mathverse": JUDGED(
+        "MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=f"{OPENXLAB}benchmarks/MathVerse"
+    ),
+    **{name.lower(): JUDGED(f"{name}.tsv") for name in ("MathVision", "WeMath", "LogicVista")},
 }
 
 
-class UnreadableSample(UserError, UnusableImage):
+class BadSample(UserError, UnusableImage):
     """Why a row of a benchmark's file, or an image of it, cannot be read."""
 
 
@@ -97,17 +94,23 @@ class Sample:
     options: dict[str, str]  # letter: text
     answer: str  # a letter, "yes" or "no", or a text
     answers: tuple[str, ...]  # all that are accepted
-    fields: dict[str, str]  # short columns, by which figures are grouped
-    target: str  # V*: the name of the object that the question is on
     row: dict[str, str]  # the cells of the file
-    find_boxes: Callable[[], list[Box]] = field(repr=False)
+    file_boxes: list[Box]  # as they are in the file
     images: Callable[[], list[Image.Image]] = field(repr=False)
     left_out: bool = False  # set where the images cannot be read
 
+    def __post_init__(self):
+        used = {"image", "image_path", "question", "answer", "boxes", *ascii_uppercase}
+        # The short cells that are left are those by which figures are grouped.
+        self.fields = {name: cell for name, cell in self.row.items() if name not in used and len(cell) <= 100}
+        self.target = self.row.get("target", "")  # V*: the name of the object that the question is on
+
     @cached_property
     def boxes(self) -> list[Box]:
-        """Evidence (V*) or target (RefCOCO), in pixels of the image."""
-        return self.find_boxes()
+        """Evidence (V*) or target (RefCOCO), in pixels; the file may have shares of the image's sides."""
+        is_share = self.kind == "box" and max(self.file_boxes[0]) <= 1.5
+        width, height = self.images()[0].size if is_share else (1, 1)
+        return [(x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in self.file_boxes]
 
 
 # ---------------------------------------------------------------- from files to samples
@@ -120,7 +123,7 @@ def read_samples(name: str, path: Path) -> Iterator[Sample]:
     """
     if name not in BENCHMARKS:
         raise UserError(f"{name} is no benchmark: give one of {', '.join(BENCHMARKS)}.")
-    benchmark, ids, unreadable = BENCHMARKS[name], set(), []
+    benchmark, kind, ids, bad = BENCHMARKS[name], BENCHMARKS[name].kind, set(), []
     for file in [path] if path.is_file() else benchmark_files(benchmark, path):
         cells, number = {}, 1  # image cells by index: rows refer to each other's
         try:
@@ -135,14 +138,17 @@ def read_samples(name: str, path: Path) -> Iterator[Sample]:
                         ids.add(sample.id)
                         yield sample
                 except (LookupError, TypeError, ValueError, SyntaxError, RecursionError) as error:
-                    unreadable.append(unreadable_sample(benchmark.kind, f"{file}, row {number}", row, error))
+                    place = f"{file}, row {number}"
+                    reason = BadSample(f"{place} cannot be read ({error!r}): download it again.")
+                    # Of its answers, (), none can be right.
+                    bad.append(Sample(place, kind, "", {}, "", (), row, [], partial(raise_error, reason)))
         except (OSError, csv.Error, ValueError) as error:
             raise UserError(f"{file}, row {number} cannot be read ({error!r}): download it again.") from None
-    if unreadable and not ids:
-        unreadable[0].images()
+    if bad and not ids:
+        bad[0].images()
     if not ids:
         raise UserError(f"{path} has nothing of {name}: get {benchmark.file} from {benchmark.source}.")
-    yield from unreadable
+    yield from bad
 
 
 def benchmark_files(benchmark: Benchmark, folder: Path) -> list[Path]:
@@ -160,26 +166,15 @@ def file_rows(name: str, path: Path) -> Iterable[tuple[int, Callable[[], dict[st
     if (name, path.suffix) == ("babyvision", ".jsonl"):
         lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
         return [(number, partial(babyvision_row, line)) for number, line in lines if line.strip()]
-    return tsv_rows(path)
+    return ((number, partial(tsv_row, cells)) for number, cells in tsv_rows(path))
 
 
-def unreadable_sample(kind: str, place: str, row: dict[str, str], error: Exception) -> Sample:
-    """A sample in place of a row that cannot be read: it has no answer that a reply could match."""
-
-    def images() -> list[Image.Image]:
-        raise UnreadableSample(f"{place} cannot be read ({error!r}): download it again.")
-
-    return Sample(place, kind, "", {}, "", (), short_cells(row), "", {}, list, images)
+def raise_error(error: Exception) -> NoReturn:
+    raise error
 
 
-def short_cells(row: dict[str, str]) -> dict[str, str]:
-    """The cells by which figures are grouped: all but the question, its options, its images and long texts."""
-    used = {"image", "image_path", "question", "answer", "boxes", *ascii_uppercase}
-    return {column: cell for column, cell in row.items() if column not in used and len(cell) <= 100}
-
-
-def tsv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, str]]]]:
-    """Row numbers (the header is row 1), and for each row the function that reads its cells."""
+def tsv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Row numbers (the header is row 1) and the cells by column, as csv gives them."""
     image = re.compile(rb"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/=]{4096,}")  # base64: no text has such a long word
     csv.field_size_limit(2**31 - 1)
 
@@ -192,8 +187,7 @@ def tsv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, str]]]]:
                 yield short.decode("utf-8" if start else "utf-8-sig")
                 start += len(line)
 
-    for number, cells in enumerate(csv.DictReader(lines(), delimiter="\t"), 2):
-        yield number, partial(tsv_row, cells)
+    yield from enumerate(csv.DictReader(lines(), delimiter="\t"), 2)
 
 
 def tsv_row(cells: dict) -> dict[str, str]:
@@ -208,14 +202,12 @@ def tsv_row(cells: dict) -> dict[str, str]:
 
 
 def babyvision_row(line: str) -> dict[str, str]:
-    """A line of BabyVision's meta_data.jsonl as a row; the right one of its options is given by its number."""
-    content = json.loads(line)
-    options = dict(
-        zip(ascii_uppercase, map(str, content["options"] if content["ansType"] == "choice" else []))
-    )
-    answer = ascii_uppercase[int(content["choiceAns"])] if options else str(content["blankAns"])
-    row = {"index": str(content["taskId"]), "answer": answer, "category": content["type"]} | options
-    return row | {"image_path": content["image"], "question": content["question"]}
+    """A line of BabyVision's meta_data.jsonl as a row; the right option is given by its number."""
+    item = json.loads(line)
+    options = dict(zip(ascii_uppercase, map(str, item.get("options") or [])))
+    answer = str(item["blankAns"]) if item["ansType"] == "blank" else list(options)[int(item["choiceAns"])]
+    row = {"index": str(item["taskId"]), "answer": answer, "category": item["type"]} | options
+    return row | {"image_path": item["image"], "question": item["question"]}
 
 
 def vstar_row(path: Path) -> dict[str, str]:
@@ -228,8 +220,8 @@ def vstar_row(path: Path) -> dict[str, str]:
     row |= {"index": f"{path.parent.name}/{path.stem}", "category": path.parent.name}
     row |= {"question": content["question"], "target": " and ".join(content["target_object"])}
     row["boxes"] = json.dumps([(x, y, x + w, y + h) for x, y, w, h in content["bbox"]])
-    images = (file.name for file in path.parent.glob("*.*") if file.suffix.lower() in ENDINGS)
-    row["image_path"] = min(image for image in images if Path(image).stem == path.stem)  # .jpg before .png
+    siblings = (file for file in path.parent.glob("*.*") if file.suffix.lower() in ENDINGS)
+    row["image_path"] = min(file.name for file in siblings if file.stem == path.stem)  # .jpg before .png
     return row
 
 
@@ -237,14 +229,14 @@ def sample_of(name: str, path: Path, row: dict[str, str], cells: dict[str, str])
     """A row as a sample; None where it has no image (officially left out too) or is of another data set."""
     if not row.keys() & {"image", "image_path"}:
         return None
-    benchmark, fields = BENCHMARKS[name], short_cells(row)
-    images, kind = partial(read_images, path, row, cells), benchmark.kind
+    benchmark, images = BENCHMARKS[name], partial(read_images, path, row, cells)
+    kind, options = benchmark.kind, {}
     if kind == "box":
-        fields["split"] = row.get("split") or row.get("category") or path.stem
-        if re.match(r"[a-z]*\+?", fields["split"].lower())[0] != name:
+        row["split"] = row.get("split") or row.get("category") or path.stem
+        if re.match(r"[a-z]*\+?", row["split"].lower())[0] != name:
             return None
-    question, options = row["question"], {}
-    answer, answers, find_boxes = row["answer"], (row["answer"],), list
+    question, answer, answers = row["question"], row["answer"], (row["answer"],)
+    boxes = [tuple(box) for box in json.loads(row.get("boxes", "[]"))]
     if kind == "choice":
         options, answer = read_options(row)
         if options and answer not in options and not benchmark.judged:
@@ -254,21 +246,12 @@ def sample_of(name: str, path: Path, row: dict[str, str], cells: dict[str, str])
     elif kind == "string" and answer.startswith("["):
         answers = tuple(map(str, ast.literal_eval(answer)))
     elif kind == "box":
-        x1, y1, x2, y2 = json.loads(answer)
-        find_boxes = partial(target_box, (x1 + 0.0, y1 + 0.0, x2 + 0.0, y2 + 0.0), images)
+        x1, y1, x2, y2 = map(float, json.loads(answer))
+        boxes = [(x1, y1, x2, y2)]
         question = re.sub(r".*<ref>(.*?)</ref>.*", r"\1", question, flags=re.DOTALL)
-    if "boxes" in row:
-        find_boxes = partial(list, map(tuple, json.loads(row["boxes"])))
-    sample_id = "/".join([*(fields[column] for column in benchmark.over), row["index"]])
+    sample_id = "/".join([*(row[column] for column in benchmark.over), row["index"]])
     question = (f"{row['hint']}\n" if "hint" in row else "") + question
-    texts = (question, options, answer, answers, fields, row.get("target", ""), row)
-    return Sample(sample_id, kind, *texts, find_boxes, images)
-
-
-def target_box(box: Box, images: Callable[[], list[Image.Image]]) -> list[Box]:
-    """RefCOCO's target in pixels; in the file it may be in shares of the image's sides."""
-    width, height = images()[0].size if max(box) <= 1.5 else (1, 1)
-    return [(box[0] * width, box[1] * height, box[2] * width, box[3] * height)]
+    return Sample(sample_id, kind, question, options, answer, answers, row, boxes, images)
 
 
 def read_options(row: dict[str, str]) -> tuple[dict[str, str], str]:
@@ -287,8 +270,7 @@ def read_images(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[
     """A row's images: base64, the index of another row, files beside the table, or a list of these."""
     cell = row.get("image") or row["image_path"]
     if len(cell) <= 64 and "image" in row and cell not in cells and cell[0] not in "<[":
-        others = [other for _, read in tsv_rows(path) if (other := read.args[0]).get("image")]
-        cells |= {other["index"]: other["image"] for other in others}  # of a later row
+        cells |= {other["index"]: other["image"] or "" for _, other in tsv_rows(path)}  # of a later row
     cell = cells.get(cell, cell)
     try:
         parts = map(str, ast.literal_eval(cell)) if cell.startswith("[") else [cell]
@@ -296,9 +278,7 @@ def read_images(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[
         # Not turned as EXIF says: boxes and official scores refer to the pixels as they are stored.
         return [Image.open(file, formats=FORMATS).convert("RGB") for file in files]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableSample(
-            f"{path}, index {row['index']}, lacks an image ({error}): get it again."
-        ) from None
+        raise BadSample(f"{path}, index {row['index']}, lacks an image ({error}): get it again.") from None
 
 
 def image_bytes(path: Path, part: str, in_table: bool) -> bytes:
@@ -368,10 +348,9 @@ def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
 
 def pope(rows: list[dict]) -> dict[str, float]:
     """F1 of "yes", for which an unparsed reply is a "no"; a row counts once in each of its categories."""
-    categories, figures = groups(rows, "category"), {}
-    every = [row for group in categories.values() for row in group]
-    every += [row for row in rows if not row["fields"].get("category")]
-    for name, group in [("", every), *(categories or {"all": rows}).items()]:
+    categories, figures = groups(rows, "category") or {"all": rows}, {}
+    every = [row for row in rows for _ in row["fields"].get("category", "").split(",")]  # without one: once
+    for name, group in [("", every), *categories.items()]:
         predicted, true = ([row[key] == "yes" for row in group] for key in ("prediction", "answer"))
         hits = sum(p and t for p, t in zip(predicted, true))
         figures[f"{name} f1".strip()] = 200 * hits / max(1, sum(predicted) + sum(true))
@@ -390,10 +369,7 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
     for name, place in (("fAcc", 4), ("qAcc", 5)):  # an index ends in _set_figure_question
         right = defaultdict(list)
         for row in rows:
-            ids = [
-                *row["fields"].get("index", "").split("_"),
-                *[""] * 6,
-            ]  # a row that cannot be read has none
+            ids = (row["fields"].get("index", "") + "_____").split("_")
             right[row["fields"].get("l2-category"), ids[3], ids[place]].append(row["right"])
         figures[name] = 100 * mean(min(hits) for hits in right.values())
     return figures | {"score": figures["aAcc"], "mean": mean(figures.values())}
@@ -401,11 +377,8 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
 
 def mmvp(rows: list[dict]) -> dict[str, float]:
     """Share of the pairs of images whose question is answered right for both; and the plain accuracy."""
-    pairs = groups(rows, "pair").values()
-    return {
-        "score": 100 * mean(min(row["right"] for row in pair) for pair in pairs),
-        "accuracy": accuracy(rows),
-    }
+    pairs = [[row["right"] for row in pair] for pair in groups(rows, "pair").values()]
+    return {"score": 100 * mean(map(min, pairs)), "accuracy": accuracy(rows)}
 
 
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
@@ -436,18 +409,19 @@ def export_predictions(path: Path, samples: list[Sample], replies: Iterable[tupl
     """
     rows = []
     for sample, (text, frame) in zip(samples, replies, strict=True):
-        row = {name: cell for name, cell in sample.row.items() if name not in ("image", "image_path", "pair")}
-        prediction = answer_parts(text or "")[-1].strip()
-        if sample.kind == "box" and row:  # in shares of the sides; the split is a part of the index
-            box = box_of(text or "")
-            shares = replace(frame, width=1, height=1).to_pixels(box) if box else ()
-            prediction = str([min(1.0, max(0.0, share)) for share in shares]) if box else ""
-            row["index"] = f"{row.get('split') or sample.fields['split'].replace(' ', '_')}_{row['index']}"
+        if not sample.answers:
+            continue
+        prediction, row = answer_parts(text or "")[-1].strip(), dict(sample.row)
+        if sample.kind == "box":  # in shares of the sides; the split is a part of the index
+            box = replace(frame, width=1, height=1).to_pixels(box_of(text or "") or (0, 0, 0, 0))
+            prediction = str([min(1.0, max(0.0, share)) for share in box])
+            row["index"] = f"{row['split'].replace(' ', '_')}_{row['index']}"
         # The space keeps pandas from reading an empty reply, or "None", as a missing one.
-        rows += [row | {"prediction": prediction + " "}] if row else []
-    columns = dict.fromkeys(name for row in rows for name in row)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        rows.append(row | {"prediction": prediction + " "})
+    columns = dict.fromkeys(
+        name for row in rows for name in row if name not in ("image", "image_path", "pair")
+    )
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        table = csv.DictWriter(file, columns, "", delimiter="\t", quoting=csv.QUOTE_ALL)
+        table = csv.DictWriter(file, columns, "", "ignore", delimiter="\t", quoting=csv.QUOTE_ALL)
         table.writeheader()
         table.writerows(rows)

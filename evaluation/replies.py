@@ -8,40 +8,36 @@ from reward import Box, answer_of
 LATEX = re.compile(r"\\[A-Za-z]+|[{}$_\ue000-\uf8ff]")  # and Markdown's _, and the marks of option_marks()
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,99}\}){0,999})\}")
 NOUN = r"(?:answer|letter|(?:correct|right|best|final) (?:option|choice))"
-VERB = r"(?:is\b|(?:should|would|must) be\b|:|(?<=\s)-\s)"
-ANSWER_IS = re.compile(rf"\b{NOUN}\b[\s*_\"]{{0,4}}{VERB}[\s:*]{{0,8}}", re.I)
+ANSWER_IS = re.compile(
+    rf"\b{NOUN}\b[\s*_\"]{{0,4}}(?:(?:is|should be|would be|must be)\b|:|(?<=\s)-\s)[\s:*]{{0,8}}", re.I
+)
 # A letter outside words, units ("°C"), abbreviations ("e.g.", "C++"), "I'm" and compounds ("A-frame").
 CHAR = r"[^\W\u3000-\u9fff]"  # of a word; Chinese has no spaces between words
 BEFORE = rf"(?<!{CHAR}|°)(?<!{CHAR}['’.+&/-])"
 AFTER = rf"(?!{CHAR}|[+#]|['’&/-]\w|\.[A-Za-z](?![A-Za-z]))"
 # "A" and "I" must not be the article and the pronoun: of words, only a few follow them, as in "A is right".
-AFTER_A = (
-    "is|are|was|seems|looks|fits|and|or|nor|but|because|since|as|for|in|on|which|not|rather|instead|over"
-)
-WORD = rf"[ \t]{{1,9}}(?!(?:{AFTER_A})\b)[\w\ue000-\uf8ff]"
+WORD = r"[ \t]{1,9}(?!(?:is|are|was|seems|and|or|nor|but|because|since|as|for|in|on|not)\b)[\w\ue000-\uf8ff]"
 LETTER = rf"{BEFORE}(?:[B-HJ-Zb-hj-z]|[AaIi](?!{WORD})){AFTER}"
 # A letter at the beginning, unless another one follows: "A or B" is no choice.
 OTHER = r"[\s)*.]{0,9}(?:,|&|and\b|or\b)[\s(*]{0,9}[A-Z]\b"
 LABEL = r"[\s*_\"'`(\[<:]{0,12}(?:(?:option|choice|answer)\b[\s:*(]{0,8})?"
-LEADING = re.compile(rf"{LABEL}({LETTER})(?!{OTHER})", re.I)
+LEADING = re.compile(rf"\A{LABEL}({LETTER})(?!{OTHER})", re.I)
 # A letter that the words before it choose; there, a capital "A" is no article but before an option's text.
-CHOSEN = r"so|thus|hence|therefore|(?:must|should) be|choose|pick|select|go with"
-KEYWORD = rf"(?<!\bor )(?:\b(?:option|choice|answer|{CHOSEN})\b|[选择项案是为])"
-CAPITAL_A = rf"(?-i:{BEFORE}A{AFTER})(?! ?[\ue000-\uf8ff])"
-NAMED = re.compile(rf"{KEYWORD}[\s,:*(\"'\[]{{0,6}}({CAPITAL_A}|{LETTER})(?! or\b)", re.I)
+KEYWORDS = "option|choice|answer|so|thus|hence|therefore|must be|should be|choose|pick|select|go with"
+STATED = rf"(?-i:{BEFORE}A{AFTER}(?! ?[\ue000-\uf8ff]))|{LETTER}"
+NAMED = re.compile(
+    rf"(?:(?<!\bor )\b(?:{KEYWORDS})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({STATED})(?! or\b)", re.I
+)
 # What a reply excludes ("not A", "neither A nor B", "C is wrong"), and what it lists ("A. red / B. blue").
 MARK = r"[\ue000-\uf8ff]"
-CLOSE = r"[)\"'*\]]{0,3}"
-TOKEN = rf"(?:{LETTER}{CLOSE}(?:[.:]?\s?{MARK})?|{MARK}{CLOSE})"
-ITEM = rf"(?:(?:option|choice|the|an?)\s){{0,2}}[(\"'*\[]{{0,3}}{TOKEN}"
+TOKEN = rf"(?:{LETTER}[)\"'*\]]{{0,3}}(?:[.:]?\s?{MARK})?|{MARK}[)\"'*\]]{{0,3}})"
+ITEM = rf"(?<![(\"'*\[])(?:(?:option|choice|the|an?)\s){{0,2}}[(\"'*\[]{{0,3}}{TOKEN}"
 AND = r"(?:,? (?:and|or|nor) |, (?=\S{1,9} (?:and|or|nor) ))"  # "not A, B or C", but "rather than A, B"
 ITEMS = rf"{ITEM}(?:{AND}{ITEM}){{0,3}}"
-SUBJECTS = rf"{TOKEN}(?:\s?is|(?:{AND}{ITEM}){{0,3}}\s?are)"
 NOT = r"(?:\b(?:not|neither|rather than|instead of|unlike)|n['’]t|(?<=\b[A-Z]\s)over|不[是选])"
 WRONG = r"(?:n['’]t|\s(?:\w+ly\s)?(?:not|wrong|incorrect|false))\b"
-EXCLUDED = re.compile(rf"{NOT}\s?(?:(?:be|choose)\s)?{ITEMS}|{SUBJECTS}{WRONG}", re.I)
-LISTED_ITEM = rf"[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s|or\s){{0,9}}"
-LISTED = re.compile(rf"(?:{LISTED_ITEM}){{2,}}")
+EXCLUDED = re.compile(rf"{NOT}\s?(?:(?:be|choose)\s)?{ITEMS}|{ITEMS}\s?(?:is|are){WRONG}", re.I)
+LISTED = re.compile(rf"(?:[(\[*]{{0,3}}{LETTER}[)\].:*]{{1,4}}\s?{MARK}(?:[\s,;/|.*-]|and\s){{0,9}}){{2,}}")
 # "no" that is no answer, and both words as answers, which are none: "Yes/No", "Yes. No."
 NO_ANSWER = re.compile(r"\bno (?:doubt|question)\b|\bnot (?:yes|no)\b|\b(?:yes|no)(?= (?:is|would be) wrong)")
 BOTH = re.compile(r"\W*(yes|no)\W+(?:and\W+)?(?!\1)(?:yes|no)\b(?!\s+\w)")
@@ -71,29 +67,27 @@ def answer_parts(reply: str) -> list[str]:
 
 def plain(text: str) -> str:
     """A text as options and replies are compared: full-width letters as ASCII, single spaces."""
-    text = LATEX.sub(" ", normalize("NFKC", text))
-    return re.sub(r"[ \t]+", " ", text).strip()
+    return re.sub(r"[ \t]+", " ", LATEX.sub(" ", normalize("NFKC", text))).strip()
 
 
-def mark_options(text: str, options: dict[str, str]) -> tuple[str, dict[str, str | None]]:
-    """The text with a mark in place of each option's text, so that "Gate B" holds no letter; mark: letter.
+def mark_options(text: str, options: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """The text with a mark in place of each option's text, so that "Gate B" holds no letter; mark: letters.
 
-    Where options share their text, the letter is None. A text that is itself an option's letter stays.
+    A mark has several letters where options share their text. A text that is an option's letter stays.
+    Options that are only listed ("A. red / B. blue") are removed.
     """
     forms, letters = [], {}
     for letter, option in options.items():
         words = plain(option).lower().split()
         if words and (key := "".join(words)).upper() not in options:
-            letters[key] = None if key in letters else letter
-            # "5 cm" is "5cm" too
-            forms.append(
-                re.sub(r"(\d) ?(?=[a-z°%])", r"\1 ?", " ".join(map(re.escape, words))).replace(" ", r"\s")
-            )
+            letters[key] = letters.get(key, "") + letter
+            form = re.sub(r"(\d) ?(?=[a-z°%])", r"\1 ?", " ".join(map(re.escape, words)))  # "5 cm" is "5cm"
+            forms.append(form.replace(" ", r"\s"))
     marks = {key: chr(0xE000 + i) for i, key in enumerate(letters)}
     names = "|".join(sorted(forms, key=len, reverse=True)) or "(?!)"  # of "red" and "red car" the longer
     named = re.compile(rf"(?:(?<!{CHAR}|-)|(?<=\b[A-Z]-))(?<!\d[.,])(?:{names})(?!{CHAR}|[.,]\d|-\w)", re.I)
     text = named.sub(lambda match: marks.get("".join(match[0].lower().split()), match[0]), text)
-    return text, {marks[key]: letter for key, letter in letters.items()}
+    return LISTED.sub(" ", text), {marks[key]: letter for key, letter in letters.items()}
 
 
 def choice_of(reply: str, options: dict[str, str]) -> str | None:
@@ -103,20 +97,16 @@ def choice_of(reply: str, options: dict[str, str]) -> str | None:
     are only listed or excluded do not count.
     """
     for part in map(plain, answer_parts(reply)):
-        marked, letter_of_mark = mark_options(part, options)
-        marked = LISTED.sub(" ", marked)
+        marked, letters_of_mark = mark_options(part, options)
         kept = EXCLUDED.sub(" ", marked)
         # A letter that is no option says nothing, and neither does what it excludes.
         if any(letter.isupper() and letter not in options for letter in re.findall(LETTER, kept)):
             kept = marked
-        leading = [match[1] for match in [LEADING.match(kept)] if match]
-        for letters in (leading, NAMED.findall(kept)[-1:], re.findall(LETTER, kept)):
+        by_text = "".join(letters_of_mark.get(mark, "") for mark in re.findall(MARK, kept))
+        for letters in (LEADING.findall(kept), NAMED.findall(kept)[-1:], re.findall(LETTER, kept), by_text):
             chosen = {letter.upper() for letter in letters} & options.keys()
             if len(chosen) == 1:
                 return chosen.pop()
-        by_text = {letter_of_mark.get(mark) for mark in re.findall(MARK, kept)}
-        if len(by_text) == 1 and None not in by_text:
-            return by_text.pop()
     return None
 
 
@@ -129,9 +119,8 @@ def yes_no(reply: str) -> str | None:
         text = NO_ANSWER.sub(" ", plain(part).lower())
         if BOTH.match(text):
             return None
-        first = re.match(r"\W*(yes\b|no\b(?!\s+\w))", text)
-        answers = re.findall(r"\byes\b|\bno\b(?!\s+\w)", text) or re.findall(r"\bno\b", text)
-        found = {first[1]} if first else set(answers)
+        patterns = (r"\A\W*(yes\b|no\b(?!\s+\w))", r"\byes\b|\bno\b(?!\s+\w)", r"\bno\b")
+        found = next((set(words) for words in (re.findall(p, text) for p in patterns) if words), set())
         if len(found) == 1:
             return found.pop()
     return None
@@ -143,8 +132,7 @@ def box_of(reply: str) -> Box | None:
     >>> box_of('[{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [1, 2, 3, 4]}]')
     (10.0, 20.0, 30.0, 40.0)
     """
-    text = answer_parts(reply)[-1]
-    boxes, previous_end = [], 0
+    text, boxes, previous_end = answer_parts(reply)[-1], [], 0
     for match in FOUR_NUMBERS.finditer(text):
         x1, y1, x2, y2 = (float(number) for number in match.groups() if number)
         between = re.sub(r"\"[^\"]*\"", "", text[previous_end : match.start()])
