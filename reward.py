@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]  # (x1, y1, x2, y2), right and bottom ed
 NUMBER = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?)\s*"
 # The box as a bare list, or as Qwen writes it: {"bbox_2d": [1, 2, 3, 4], "label": "cup"}, by itself or alone
 # in a list, and either with or without a code fence. What is opened has to be closed: (?(name)…).
-LABEL = r'\s*"label"\s*:\s*"(?:[^"\\]|\\.)*"\s*'
+LABEL = r'\s*"label"\s*:\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*'
 BOX_PATTERN = re.compile(
     r"\s*(?P<fence>```(?:json)?\s*)?(?P<list>\[\s*(?={))?"
     rf'(?P<object>{{(?:{LABEL},)?\s*"bbox_2d"\s*:\s*)?'
