@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from files import download
-from files.coco import index_coco, read
+from files.coco import index_coco, read_input
 from files.contact_sheet import contact_sheet
 from files.errors import FlagParser, UserError, exit_on_error
 from files.pictures import NARROWEST, LeftOut, Photos, open_folder
@@ -69,10 +69,8 @@ def size_class(box: Box, width: int, height: int) -> str:
     return "tiny" if share < 0.01 else "small" if share <= 0.05 else "large" if share > 0.1 else "medium"
 
 
-def sample_cue_box(
-    rng: random.Random, object_box: Box, width: int, height: int, cfg: CueConfig
-) -> Box | None:
-    """An object's crop window in whole pixels (Table 9); None where there can be none.
+def sample_cue_box(rng: random.Random, target: Box, width: int, height: int, cfg: CueConfig) -> Box | None:
+    """The crop window of a target object's box, in whole pixels (Table 9); None where there can be none.
 
     >>> sample_cue_box(random.Random(0), (100, 100, 300, 250), 640, 480, CueConfig())  # not tiny: kept
     (100, 100, 300, 250)
@@ -80,7 +78,7 @@ def sample_cue_box(
     (90, 95, 130, 115)
     """
     # Annotations can reach beyond the image; only what is visible counts.
-    x1, y1, x2, y2 = object_box
+    x1, y1, x2, y2 = target
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if not (x1 < x2 and y1 < y2):  # "not" catches a NaN too
         return None
@@ -109,9 +107,8 @@ def sample_random_box(
     window_area, aspect_ratio = rng.uniform(min_share, max_share) * width * height, 2 ** rng.uniform(-1, 1)
     w = max(cfg.min_side, round((window_area * aspect_ratio) ** 0.5))
     h = max(cfg.min_side, round((window_area / aspect_ratio) ** 0.5))
-    x1, y1, x2, y2 = (
-        round(v) for v in must_contain or (width, height, 0, 0)
-    )  # none: an inverted box allows any place
+    # Without must_contain: an inverted box, around which every place is allowed.
+    x1, y1, x2, y2 = (round(v) for v in must_contain or (width, height, 0, 0))
     x_range, y_range = (max(0, x2 - w), min(width - w, x1)), (max(0, y2 - h), min(height - h, y1))
     if x_range[0] > x_range[1] or y_range[0] > y_range[1]:
         return None
@@ -179,11 +176,11 @@ def coco_cues(
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
     if exclude is None:
         print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
-    excluded_ids = read("exclude", exclude, "list of image ids", lambda t: set(map(int, t.split())))
-    text_by_id = read("expressions", expressions, "JSON of id: text", lambda t: dict(json.loads(t or "[]")))
+    excluded_ids = read_input("exclude", exclude, "list of image ids", lambda t: set(map(int, t.split())))
+    text_by_id = read_input("expressions", expressions, "JSON object", lambda t: dict(json.loads(t or "[]")))
     options = dict(split=split, excluded=excluded_ids, texts=text_by_id, need_text=cfg.source == "text")
     index = partial(index_coco, name=str(annotations), **options)
-    objects, left_out = read("annotations", annotations, "COCO instances JSON", index)
+    objects, left_out = read_input("annotations", annotations, "COCO instances JSON", index)
     if not objects:
         reasons = "; ".join(map(str, left_out))
         raise UserError(f"--annotations {annotations} leaves no {split} cue ({reasons}): give another.")

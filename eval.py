@@ -17,7 +17,7 @@ What differs from a typical evaluation script:
 import argparse
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,19 @@ def read_flags() -> argparse.Namespace:
 
     parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
     parser.add_argument("task", choices=task_names, metavar="TASK", help=", ".join(task_names))
-    parser.add_argument("image", type=Path, nargs="?", help="of ask")
-    parser.add_argument("question", nargs="?", help="of ask")
+    parser.add_argument("image", type=Path, nargs="?", help="image of the task ask")
+    parser.add_argument("question", nargs="?", help="question of the task ask")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
-    four = "default where CUDA is"
-    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help=four)
+    parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default on CUDA")
     parser.add_argument("--box-frame", choices=FRAMES, help="of the model's boxes")
     parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
     for name in ("annotations", "images", "exclude"):
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
     parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
-    seed = "of the held-out scenes; training measures on 0's"
-    parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
+    parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
     parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
@@ -71,8 +69,6 @@ if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer bef
     with exit_on_error():
         read_flags()
 
-import torch
-
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
@@ -84,29 +80,10 @@ from files.pictures import UnusableImage, load_image
 from models import load_adapter, load_policy
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
-from training.pictures import draw_attention, draw_cues
+from training.pictures import draw_cues, draw_heat_maps
 
-ROWS = {
-    "right, asked directly": "direct",
-    "right, asked to think": "think",
-    "right, rest blacked out": "black",
-}
+ROWS = {"right, direct prompt": "direct", "right, think prompt": "think", "right, rest black": "black"}
 ROWS |= HELDOUT_ROWS | attention.ROWS  # table label: key in Scores.samples
-
-
-def draw_heat_maps(
-    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts_by_model: list, names: list
-) -> None:
-    """attention.png: a row per image, a column per model; prompts: for each model those of all images."""
-    columns = []
-    try:
-        for _, model_prompts in zip(session.each_model(), prompts_by_model, strict=True):
-            columns.append([attention.attention_maps(session.policy, [p])[0].mean(0) for p in model_prompts])
-    except torch.OutOfMemoryError:
-        print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
-        return
-    rows = list(zip(titles, images, boxes, zip(*columns), strict=True))
-    draw_attention(rows, names, session.folder / "attention.png")
 
 
 def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) -> tuple[list, dict]:
@@ -265,19 +242,16 @@ def ask_task(session: Session) -> dict[str, Any]:
     return results
 
 
-def run_task(args: argparse.Namespace) -> None:
-    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
-    policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
-    session = open_session(load_adapter(policy, args.adapter) if args.adapter is not None else policy, args)
-    results = tasks.get(args.task, benchmark_task)(session)
-    write_json(session.folder / "results.json", results)
-    print(f"results are in {session.folder}")
-
-
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
+    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
-        run_task(read_flags())
+        args = read_flags()
+        policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
+        session = open_session(load_adapter(policy, args.adapter) if args.adapter else policy, args)
+        results = tasks.get(args.task, benchmark_task)(session)
+        write_json(session.folder / "results.json", results)
+        print(f"results are in {session.folder}")
 
 
 if __name__ == "__main__":

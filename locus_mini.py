@@ -58,7 +58,8 @@ def group_advantages(rewards: Tensor, loss_type: str = "token_mean") -> Tensor:
     """
     centered = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     if loss_type != "dr_grpo":  # Dr. GRPO does not divide by the standard deviation
-        centered = centered / (rewards.std(1, keepdim=True) + 1e-6)
+        # Bessel's correction, except for a group of one, which only imitation has.
+        centered /= rewards.std(1, correction=min(1, rewards.shape[1] - 1), keepdim=True) + 1e-6
     # In float32, equal rewards can have a std of 6e-8 instead of 0, which would give advantages of 0.06.
     return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, centered)
 
@@ -103,6 +104,7 @@ def grpo_loss(
     # Dual clip: where A < 0, ρA has no lower bound, so one token that became likely could dominate.
     bounded = torch.maximum(surrogate, cfg.dual_clip * advantage)  # J ≥ cA
     surrogate = torch.where(advantage < 0, bounded, surrogate)
+    # For the log: where the clip range, not the dual clip, stopped the gradient.
     num_clipped = ((ratio * advantage > clipped_ratio * advantage) & is_completion).sum()
     k3 = torch.zeros_like(logps)
     # KL to the reference: keeps what the base model can do.
@@ -327,6 +329,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
         prepare = partial(executor.submit, sample_batch, policy.processor, cues, cfg=cfg, encode=task.encode)
         next_batch = prepare(step=first_step) if first_step < cfg.steps else None
         for step in range(first_step, cfg.steps):
+            # Wait for this step's batch, then start on the next one.
             batch = next_batch.result()
             next_batch = prepare(step=step + 1) if step + 1 < cfg.steps else None
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)

@@ -327,9 +327,8 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
     # One pass for the whole group, then only the states that predict a completion token.
     hidden = run_text(policy, input_ids, segment_ids, position_ids, batch.prompts)  # [B, P + K, H]
     source_index = predicted_at.gather(1, order)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
-    logps = target_logps(
-        policy, hidden.gather(1, source_index)[is_valid], target_ids[is_valid]
-    )  # [N], N valid tokens
+    hidden = hidden.gather(1, source_index)[is_valid]  # [N, H], N valid tokens
+    logps = target_logps(policy, hidden, target_ids[is_valid])  # [N]
     # Back from the packed order to [B, G, T].
     return torch.zeros(B, T * G, device=device).masked_scatter(mask, logps).view(B, T, G).transpose(1, 2)
 

@@ -161,10 +161,8 @@ def process_image(
     """An image resized to between min_pixels and max_pixels and cut into patches, if it is not yet."""
     if isinstance(image, ProcessedImage):
         return image
-    area_limits = {
-        "shortest_edge": min_pixels,
-        "longest_edge": max_pixels,
-    }  # Qwen's names, though both are areas
+    # Qwen's names, though both are areas.
+    area_limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     image_inputs = image_processor(image, size=area_limits, return_tensors="pt")
     return ProcessedImage(image_inputs["pixel_values"], image_inputs["image_grid_thw"][0], image.size)
 

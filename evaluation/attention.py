@@ -80,10 +80,8 @@ def attention_maps(policy: Policy, prompts: list[EncodedPrompt]) -> list[Tensor]
         output = policy.base_model.model(batch.input_ids[:, -1:], output_attentions=True, **kwargs)
     finally:
         config._attn_implementation = previous
-    # Each layer is [B, heads, 1, P].
-    weights = torch.stack(
-        [layer[:, :, 0].float().mean(1) for layer in output.attentions], 1
-    )  # [B, layers, P]
+    rows = [layer[:, :, 0].float().mean(1) for layer in output.attentions]  # layers × [B, P]
+    weights = torch.stack(rows, 1)  # [B, layers, P]
     maps, merge_size = [], policy.processor.image_processor.merge_size
     is_image = (batch.input_ids == policy.base_model.config.image_token_id).cpu()  # [B, P]
     for row, is_image_row, prompt in zip(weights.cpu(), is_image, prompts, strict=True):

@@ -29,7 +29,7 @@ from PIL import Image
 from evaluation.replies import answer_parts, box_of, choice_of, contains, yes_no
 from evaluation.scores import mean
 from files.errors import UserError
-from files.pictures import ENDINGS, FORMATS, UnusableImage
+from files.pictures import FORMATS, SUFFIXES, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
@@ -220,7 +220,7 @@ def vstar_row(path: Path) -> dict[str, str]:
     row |= {"index": f"{path.parent.name}/{path.stem}", "category": path.parent.name}
     row |= {"question": content["question"], "target": " and ".join(content["target_object"])}
     row["boxes"] = json.dumps([(x, y, x + w, y + h) for x, y, w, h in content["bbox"]])
-    siblings = (file for file in path.parent.glob("*.*") if file.suffix.lower() in ENDINGS)
+    siblings = (file for file in path.parent.glob("*.*") if file.suffix.lower() in SUFFIXES)
     row["image_path"] = min(file.name for file in siblings if file.stem == path.stem)  # .jpg before .png
     return row
 

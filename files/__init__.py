@@ -1,1 +1,1 @@
-"""What people hand over: pictures, COCO's JSON, downloads; and the one error for bad input."""
+"""The files of users: images, COCO's JSON, downloads, model folders; and the one error for bad input."""

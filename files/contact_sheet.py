@@ -16,6 +16,6 @@ def contact_sheet(cues: Any, n: int) -> Image.Image:
         sheet.paste(full_image, (x, y))
         x += full_image.width + 10
         sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
-        label = f"{i}: {cue.size}\n{cue.text or ''}"
+        label = f"cue {i}: the crop\nin the pink box\n{cue.size}\n{cue.text or ''}"
         ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
     return sheet

@@ -1,15 +1,16 @@
-"""The paper's tables and figures in miniature, and the controls that it does not have, as one command.
+"""The paper's tables and figures in miniature, and the controls that the paper does not have, in one command.
 
-    python -m paper.reproduce           every row, two at a time (1.5 hours on 2 cores), then RESULTS
-    python -m paper.reproduce --quick    the same in 3 minutes, too short to mean anything, into runs/quick
+    python -m paper.reproduce            every row, two at a time (1.5 hours on 2 cores), into paper/
+    python -m paper.reproduce --quick    the same in 3 minutes, too short to mean anything, into runs/quick/
 
-A row is one training with one seed and what its model then answers, in a folder of its own, on one thread.
-One with a row.json is not done again (delete that after changing a row), a stopped one goes on.
+A row is one training run with one seed and the scores of its model: a folder of its own, on one thread. A row
+that has a row.json is complete and is not run again: delete that file after a change to the row. After a
+stop, the same command continues.
 
-The rule, written down before the run: settings were chosen on the held-out scenes of seed 0; everything here
-is measured on those of HELD_OUT, which nothing was chosen on, with training seeds that nothing was chosen on.
+The rule, written down before the run: settings were chosen on the held-out scenes of seed 0. Everything here
+is measured on those of HELDOUT_SEED and with the training seeds SEEDS, and nothing was chosen on either.
 A claim has the *same direction* if the paired 95 % interval of its change excludes 0 and all seeds share the
-sign, the *opposite direction* if that holds the other way round, and else there is *no difference*.
+sign, the *opposite direction* if that holds the other way round, and otherwise there is *no difference*.
 """
 
 import json
@@ -31,18 +32,18 @@ from evaluation.attention import analyse_questions
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from files.disk import fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error
-from locus_mini import learning_rate, train
+from locus_mini import apply_gradients, learning_rate, train
 from models import load_policy
 from paper import report
 from paper.claims import collect, read_json
 from paper.variants import VARIANTS, variant_flags
 from policy import Policy
-from tiny.build import Build
+from tiny.build import OBJECT_COUNTS, Build
 from training.run_folder import lock_run_folder, require_same_settings, weight_samples
 from training.settings import Config, resolve
 
-HELD_OUT = 2026  # seed of the scenes that everything is measured on
-SEEDS = (11, 12, 13)
+HELDOUT_SEED = 2026  # of the scenes that everything is measured on
+SEEDS = (11, 12, 13)  # of training
 ROWS_OF_EVERY_SEED: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.py
     "LOCUS": {},
     "random rewards": {"variant": "random"},
@@ -65,13 +66,13 @@ ROWS_OF_FIRST_SEED: dict[str, dict[str, Any]] = {
     "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
     "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
 }
-FLAGS = ROWS_OF_EVERY_SEED | ROWS_OF_FIRST_SEED
-# What the base was built with, instead of cue search: numbers of things in a scene.
-PRETRAINING = {"more pretraining": 9 * (1,) + (2,), "more pretraining, 1 to 4 things": (1, 2, 3, 4)}
-LOOKED_AT = ("base", "LOCUS", "text cue", "large crops")  # attention and grounding are measured: Figs. 2, 4
+FLAGS = {"base": {}} | ROWS_OF_EVERY_SEED | ROWS_OF_FIRST_SEED
+# Rows that continue the base's pretraining instead, and the stage of tiny/build.py whose scenes they see.
+PRETRAINING = {"more pretraining": "few things", "more pretraining, 1 to 4 things": "language"}
+ANALYSED_ROWS = ("base", "LOCUS", "text cue", "large crops")  # with attention and grounding: Figs. 2 and 4
 BATCH = 128  # prompts at a time
 
-# Every row and its seed: those that the claims need come first, seed by seed.
+# Every (row, seed). The rows that the claims need come first, seed by seed.
 PLAN = [("base", SEEDS[0]), *((name, seed) for seed in SEEDS for name in ROWS_OF_EVERY_SEED)]
 PLAN += [(name, SEEDS[0]) for name in ROWS_OF_FIRST_SEED]
 
@@ -79,34 +80,36 @@ PLAN += [(name, SEEDS[0]) for name in ROWS_OF_FIRST_SEED]
 
 
 @cache
-def held_scenes(n: int) -> HeldOutSet:
-    """n questions of each kind and half as many cues, the same for every row; seen once by a process."""
-    held = build_heldout_set(load_policy("tiny"), scene_cues(CueConfig(), "heldout", HELD_OUT), n)
+def heldout_scenes(n: int) -> HeldOutSet:
+    """n questions of each kind and n / 2 cues, the same for every row; built once in each process."""
+    held = build_heldout_set(load_policy("tiny"), scene_cues(CueConfig(), "heldout", HELDOUT_SEED), n)
     parts = ("cues", "cue_prompts", "find_prompts")
     return replace(held, **{part: getattr(held, part)[: n // 2] for part in parts})
 
 
-def pretrain(policy: Policy, objects: tuple[int, ...], cfg: Config, folder: Path) -> None:
-    """As many steps of what the base model was built with, through the same adapter: eight turns a scene."""
+def pretrain(policy: Policy, object_counts: tuple[int, ...], cfg: Config, folder: Path) -> None:
+    """As many steps of the base model's own pretraining, on scenes of these counts, through the adapter."""
     build = Build(folder / "more", 0, cfg.seed)
     build.model = policy.base_model
-    build.draw_examples(objects, max(100, cfg.steps * cfg.prompts // 100 * 100))
-    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=cfg.weight_decay)
+    build.draw_examples(object_counts, max(100, cfg.steps * cfg.prompts // 100 * 100))
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, weight_decay=cfg.weight_decay)
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        loss, _ = build.finding_loss(random.Random(f"{cfg.seed}/{step}"), step, crop_share=1 / 3)
+        loss, _ = build.turns_loss(random.Random(f"{cfg.seed}/{step}"), step, crop_share=1 / 3)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
-        optimizer.step()
+        apply_gradients(optimizer, 1.0, cfg.max_grad_norm, finite=True)
 
 
-def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
-    """Train, ask, and write row.json: summary, samples, training curve, seconds. Returns the accuracy."""
+def run_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
+    """Trains and measures one row and writes its row.json; returns its accuracy on questions.
+
+    row.json: summary and samples (as in results.json), curve (rewards and KL by step), seconds.
+    """
     torch.set_num_threads(1)
     start, policy = time.monotonic(), load_policy("tiny")
-    flags = {"seed": seed, "steps": steps, "show_every": 0} | FLAGS.get(name, {})
+    flags = {"seed": seed, "steps": steps, "show_every": 0} | FLAGS[name]
     variant = flags.pop("variant", "locus")
     task = VARIANTS[variant].task
     cfg, _ = resolve(variant_flags(variant, flags), policy.processor.family)
@@ -114,19 +117,21 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     if name != "base":
         policy = task.adapt(policy, cfg.lora_rank, seed)
     if name in PRETRAINING:
-        pretrain(policy, PRETRAINING[name], cfg, folder)
+        pretrain(policy, OBJECT_COUNTS[PRETRAINING[name]], cfg, folder)
     elif name != "base":
         cues = open_cues("scenes", "train", seed, CueConfig(cfg.source, cfg.tiny_ratio))
+        state = {key: str(value) for key, value in asdict(cfg).items()}
         with lock_run_folder(folder):
-            train(policy, cues, cfg, folder, {key: str(value) for key, value in asdict(cfg).items()}, task)
-    held = held_scenes(n) if name == "base" else replace(held_scenes(n), suppressed_prompts=[])  # see Table 1
+            train(policy, cues, cfg, folder, state, task)
+    # Context suppression (Table 1) is about the base alone.
+    held = heldout_scenes(n) if name == "base" else replace(heldout_scenes(n), suppressed_prompts=[])
     scores = evaluate(policy, held, cfg.max_new_tokens)
-    if name in LOOKED_AT:
+    if name in ANALYSED_ROWS:
         analyse_questions(policy, held, scores, scores, {}, name, (cfg.max_new_tokens, BATCH))
-    log = folder / "metrics.jsonl"  # of what locus_mini.py's loop has trained
+    log = folder / "metrics.jsonl"  # only of rows that locus_mini.py's loop has trained
     lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
-    row = {"summary": scores.summary, "samples": scores.samples}
-    row["curve"] = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
+    curve = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
+    row = {"summary": scores.summary, "samples": scores.samples, "curve": curve}
     write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - start)}})
     return scores.summary["questions"]["accuracy"]
 
@@ -135,30 +140,30 @@ def do_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
 
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
-    """A row's folder: its name with a hyphen for all that a file name may not hold, and its seed."""
+    """A row's folder: its name, with a hyphen for every character that may be illegal, and its seed."""
     return out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
 
 
-def do_rows(out: Path, steps: int, n: int, jobs: int, rows: list[tuple[str, int]]) -> None:
-    """The rows that are not done yet, `jobs` at a time."""
-    path, settings = out / "settings.json", {"steps": steps, "n": n, "held_out": HELD_OUT}
+def run_rows(out: Path, steps: int, n: int, jobs: int, rows: list[tuple[str, int]]) -> None:
+    """Runs the rows that are not complete yet, `jobs` at a time; UserError if others have other settings."""
+    path, settings = out / "settings.json", {"steps": steps, "n": n, "held_out": HELDOUT_SEED}
     settings["weights"] = fingerprint(weight_samples(load_policy("tiny").base_model))
     if path.exists():
         require_same_settings(path, read_json(path), settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
     missing = [row for row in rows if not (folder_of(out, *row) / "row.json").exists()]
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the rows' processes
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the rows' processes
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(out):
-        waiting = {pool.submit(do_row, *row, folder_of(out, *row), steps, n): row for row in missing}
+        futures = {pool.submit(run_row, *row, folder_of(out, *row), steps, n): row for row in missing}
         bar = tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", unit="row")
         try:
-            for done in as_completed(waiting):
-                name, seed = waiting[done]
-                bar.write(f"{name}, seed {seed}: questions {100 * done.result():.1f} %")
+            for future in as_completed(futures):
+                name, seed = futures[future]
+                bar.write(f"{name}, seed {seed}: questions {100 * future.result():.1f} %")
                 bar.update()
-        except (OSError, RuntimeError) as error:  # also of a process that was killed
-            raise UserError(f"Row {name}, seed {seed}: {error!r}. The same command goes on.") from None
+        except (OSError, RuntimeError) as error:  # the latter also if a process was killed
+            raise UserError(f"Row {name}, seed {seed}: {error!r}. The same command continues.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -168,11 +173,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 100 questions, runs/quick")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
     args = parser.parse_args()
-    name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", 160, 1200)
+    name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", report.FULL_STEPS, 1200)
     rows = [(row, seed) for row, seed in PLAN if seed == SEEDS[0] or not args.quick]
     out = report.HERE.parent / "runs" / name
     with exit_on_error():
-        do_rows(out, steps, n, max(1, args.jobs), rows)
+        if args.jobs < 1:
+            raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
+        run_rows(out, steps, n, args.jobs, rows)
         results = out if args.quick else report.HERE
         write_json(results / "RESULTS.json", collect({row: folder_of(out, *row) for row in rows}))
         report.write(results)

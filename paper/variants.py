@@ -1,8 +1,8 @@
-"""What else the same loop can be taught: the paper's SFT baseline, and the controls that a sceptic asks for.
+"""Other tasks for the same training loop: the paper's SFT baseline, and the controls that a sceptic asks for.
 
     python -m paper.variants NAME [flags of locus_mini.py]     --help lists the names
 
-What a gain is worth is its difference to what the same steps of something pointless give.
+A gain is worth its difference to what as many steps of something pointless give: hence the controls.
 """
 
 import random
@@ -29,47 +29,44 @@ from training.settings import Config, read_flags
 
 
 def question_of(cue: Cue, index: int) -> Question:
-    """The question that stands for the index-th cue, on its scene: about places and attributes in turn."""
-    possible = scenes.questions(cue.scene)
-    some = [q for q in possible if q.kind == ("place", "attribute")[index % 2]]
-    return random.Random(index).choice(some or possible)
+    """A question on a cue's scene: about a place for an even index, about an attribute for an odd one."""
+    questions = scenes.questions(cue.scene)
+    preferred = [q for q in questions if q.kind == ("place", "attribute")[index % 2]]
+    return random.Random(index).choice(preferred or questions)
 
 
 def encode_question(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
-    """The question that stands for the index-th cue, on the full image and without its crop."""
+    """The question in place of a cue, on the full image and without its crop."""
     text = prompt_text(processor.family, "string", question=question_of(cue, index).text)
     return encode(processor, text, cue.image)
 
 
-def score_randomly(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
-    """A number that has nothing to do with the answer; `iou` stays the true one.
+def score_question(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
+    """0.9 · right + 0.1 · format of the answers to a question; `iou` is 1 for a right one."""
+    question = question_of(example.cue, example.index)
+    rewards = []
+    for text, scored in zip(completions, score(completions, example, cfg), strict=True):
+        right = is_right(text, question)
+        rewards.append(Reward((1 - cfg.alpha) * right + cfg.alpha * scored.format, right, scored.format))
+    return rewards
 
-    Nothing hangs on what was drawn before, so a resumed run continues with the same rewards.
+
+def score_randomly(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
+    """A random number as the reward; `iou` stays the true one.
+
+    It is seeded by the cue alone, so a resumed run continues with the same rewards.
     """
     rng = random.Random(f"random/{example.index}")
-    return [replace(r, total=rng.random()) for r in score(completions, example, cfg)]
+    return [replace(scored, total=rng.random()) for scored in score(completions, example, cfg)]
 
 
 def score_shuffled_target(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
-    """The overlap with another thing of the scene; `iou` stays the true one."""
-    rng = random.Random(f"shuffled/{example.index}")
-    cue = example.cue
-    other = rng.choice(
-        [scene_object for scene_object in cue.scene.objects if scene_object != target_object(cue)]
-    )
-    wrong = [reward(text, example.prompt.frame.to_units(other.box), cfg.alpha) for text in completions]
+    """LOCUS's reward for the box of another object of the scene; `iou` stays the true one."""
+    rng, cue = random.Random(f"shuffled/{example.index}"), example.cue
+    other = rng.choice([o for o in cue.scene.objects if o != target_object(cue)])
+    box = example.prompt.frame.to_units(other.box)
     true = score(completions, example, cfg)
-    return [replace(r, total=w.total) for r, w in zip(true, wrong, strict=True)]
-
-
-def score_question(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
-    """0.9 · right + 0.1 · format of answers to a question; `iou` is 1 for a right one."""
-    true = score(completions, example, cfg)
-    question = question_of(example.cue, example.index)
-    right = [is_right(text, question) for text in completions]
-    return [
-        Reward((1 - cfg.alpha) * hit + cfg.alpha * r.format, hit, r.format) for hit, r in zip(right, true)
-    ]
+    return [replace(r, total=reward(text, box, cfg.alpha).total) for r, text in zip(true, completions)]
 
 
 # ---------------------------------------------------------------- imitation
@@ -78,101 +75,85 @@ def score_question(completions: list[str], example: Example, cfg: Config) -> lis
 def sft_loss(
     logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, cfg: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = −Σ w · A · log π with A ∈ {0, 1}: imitation, which has no bad answers to push away (Table 4).
+    """L = −Σ w · A · log π with A ∈ {0, 1}: imitation, which pushes no completion away (Table 4).
 
-    logps, weights: [B, 1, T]; advantages: [B, 1]. In place of grpo_loss, whose other arguments it ignores.
+    logps, weights: [B, 1, T]; advantages: [B, 1]. It takes the place of grpo_loss and ignores the rest.
+
+    >>> logps, weights = torch.tensor([[[-1.0, -3.0]]]), torch.full((1, 1, 2), 0.5)
+    >>> sft_loss(logps, logps, None, torch.ones(1, 1), weights, Config())[0]  # the mean of 1 and 3
+    tensor(2.)
     """
-    none = torch.zeros((), device=logps.device)
-    return -(weights * advantages[..., None] * logps).sum(), {"kl": none, "clip_ratio": none}
-
-
-def ground_truth_completions(policy: Policy, items: list[EncodedPrompt], cues: list[Cue]) -> Rollout:
-    """What SFT imitates, as groups of one answer: what is in the window as the thought, then the true box.
-
-    The paper's rationale is a teacher's; here it is what the cue is known to show, or nothing.
-    """
-    tokenizer, begun, rows = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
-    for item, cue in zip(items, cues, strict=True):
-        thought = f"<think> {cue.text}" if cue.text else "<think>"
-        text = f"{thought}</think><answer>{item.frame.to_text(cue.box)}</answer>".removeprefix(begun)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append(torch.tensor(ids, device=policy.device))  # [T_b]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
-    length = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
-    mask = torch.arange(tokens.shape[-1], device=policy.device) < length  # [B, 1, T]
-    return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
+    zero = torch.zeros((), device=logps.device)
+    return -(weights * advantages[..., None] * logps).sum(), {"kl": zero, "clip_ratio": zero}
 
 
 def rollout_ground_truth(policy: Policy, batch: list[Example], step: int, cfg: Config) -> Rollout:
-    """SFT has no rollout: its completions are the true answers."""
-    return ground_truth_completions(policy, *zip(*((example.prompt, example.cue) for example in batch)))
+    """What SFT imitates, in place of a rollout: for each prompt one completion, which ends in the true box.
+
+    The paper's rationale is written by a teacher; here the thought is the cue's description, or empty.
+    """
+    tokenizer, opening, rows = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
+    for example in batch:
+        thought = f"<think> {example.cue.text}" if example.cue.text else "<think>"
+        answer = example.prompt.frame.to_text(example.cue.box)
+        text = f"{thought}</think><answer>{answer}</answer>".removeprefix(opening)
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rows.append(torch.tensor(ids, device=policy.device))  # [T_b]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
+    mask = torch.arange(tokens.shape[-1], device=policy.device) < lengths  # [B, 1, T]
+    return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
 
 
 def imitate_all(
-    policy: Policy,
-    optimizer: Any,
-    batch: list[Example],
-    rollouts: Rollout,
-    advantages: Tensor,
-    step: int,
-    cfg: Config,
+    policy: Policy, optimizer: Any, batch: list, rollouts: Rollout, advantages: Tensor, *rest: Any
 ) -> dict[str, float]:
-    """One step of SFT: every completion is worth imitating."""
-    metrics = update_policy(
-        policy, optimizer, batch, rollouts, torch.ones_like(advantages), step, cfg, sft_loss
-    )
+    """One step of SFT, as `update_policy` (rest: step, cfg): every completion is imitated."""
+    imitated = torch.ones_like(advantages)  # [B, 1]
+    metrics = update_policy(policy, optimizer, batch, rollouts, imitated, *rest, sft_loss)
     return metrics | {"rollout_gap": 0.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
 
 
 def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
-    """The best answer of each group, as groups of one; and whether it was better than another, [B, 1]."""
-    row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B]
-    kept = Rollout(
-        *(t[row, best][:, None] for t in (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished))
-    )
-    return kept, (advantages.amax(1) > advantages.amin(1)).float()[:, None]
+    """The best completion of each group, as groups of one; and 1 where it is better than another, [B, 1]."""
+    row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B] each
+    tensors = (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished)
+    better = (advantages.amax(1) > advantages.amin(1)).float()[:, None]  # [B, 1]
+    return Rollout(*(tensor[row, best][:, None] for tensor in tensors)), better
 
 
 def imitate_best(
-    policy: Policy,
-    optimizer: Any,
-    batch: list[Example],
-    rollouts: Rollout,
-    advantages: Tensor,
-    step: int,
-    cfg: Config,
+    policy: Policy, optimizer: Any, batch: list, rollouts: Rollout, advantages: Tensor, *rest: Any
 ) -> dict[str, float]:
-    """Imitates the best of the G answers, without pushing any away."""
-    return update_policy(
-        policy, optimizer, batch, *best_completions(rollouts, advantages), step, cfg, sft_loss
-    )
+    """The same with the best of each prompt's G completions; the others are not pushed away."""
+    best, better = best_completions(rollouts, advantages)
+    return update_policy(policy, optimizer, batch, best, better, *rest, sft_loss)
 
 
 # ---------------------------------------------------------------- all weights
 
 
 def all_weights(policy: Policy, rank: int = 0, seed: int = 0) -> Policy:
-    """Every linear map of the text layers to be trained, beside a frozen copy: the reference.
+    """The text layers' own linear maps are trained instead of an adapter; a frozen copy is the reference.
 
-    It is PEFT that keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the
-    embedded model only: a large one would need several times its own memory.
+    PEFT keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the embedded
+    model alone: a large one would need several times its own memory. `rank` is ignored.
     """
     if policy.processor.family.template != "short":
         raise UserError("The variant all_weights is for the embedded model alone: leave out --model.")
     from peft import LoraConfig, get_peft_model
 
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    # PEFT asks for some LoRA as well: this one stays the nothing that it begins as.
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(seed)
-    config = LoraConfig(r=1, target_modules=r".*visual\.merger\.linear_fc2", modules_to_save=names)
+    # PEFT requires a LoRA layer too: this one is never trained, so it stays 0.
+    config = LoraConfig(r=1, target_modules=r".*visual\.merger\.linear_fc2", modules_to_save=linear)
     model = get_peft_model(policy.model, config).eval()
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.requires_grad_(False)
+    for weight in (weight for name, weight in model.named_parameters() if "lora_" in name):
+        weight.requires_grad_(False)
     return replace(policy, model=model)
 
 
-# ---------------------------------------------------------------- the table, and the command
+# ---------------------------------------------------------------- the variants, and the command line
 
 
 @dataclass(frozen=True)
@@ -185,30 +166,18 @@ class Variant:
     scenes_only: bool = False
 
 
+SFT = Task("sft", sample=rollout_ground_truth, update=imitate_all)
+QUESTIONS = Task("questions", encode=encode_question, score=score_question)
+SHUFFLED = Task("shuffled", score=score_shuffled_target)
 VARIANTS = {
     "locus": Variant("cue search, rewarded by IoU", LOCUS),
-    "sft": Variant(
-        "imitate the true box, without a rollout (Table 4)",
-        replace(LOCUS, name="sft", sample=rollout_ground_truth, update=imitate_all),
-        {"beta": 0.0},
-    ),
-    "best": Variant(
-        "imitate the best of the G answers", replace(LOCUS, name="best", update=imitate_best), {"beta": 0.0}
-    ),
-    "random": Variant("a reward by chance", replace(LOCUS, name="random", score=score_randomly)),
-    "shuffled": Variant(
-        "the overlap with another thing of the scene",
-        replace(LOCUS, name="shuffled", score=score_shuffled_target),
-        scenes_only=True,
-    ),
-    "questions": Variant(
-        "the questions themselves, on the full image, instead of cues",
-        replace(LOCUS, name="questions", encode=encode_question, score=score_question),
-        scenes_only=True,
-    ),
+    "sft": Variant("imitate the true box, without a rollout (Table 4)", SFT, {"beta": 0.0}),
+    "best": Variant("imitate the best of G completions", Task("best", update=imitate_best), {"beta": 0.0}),
+    "random": Variant("a random reward", Task("random", score=score_randomly)),
+    "shuffled": Variant("the box of another object of the scene as the target", SHUFFLED, scenes_only=True),
+    "questions": Variant("questions on the full image instead of cues", QUESTIONS, scenes_only=True),
     "all_weights": Variant(
-        "the text layers' own linear maps, instead of an adapter",
-        replace(LOCUS, name="all_weights", adapt=all_weights),
+        "the text layers' own weights, no adapter", Task("all_weights", adapt=all_weights)
     ),
 }
 
@@ -216,23 +185,25 @@ VARIANTS = {
 def variant_flags(name: str, flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a variant's run with the settings that it fixes; UserError where the two disagree."""
     variant = VARIANTS[name]
+    if "dry_run" in flags:
+        raise UserError(f"--dry-run measures LOCUS, not {name}: give it to locus_mini.py.")
     for setting, value in variant.settings.items():
         if flags.get(setting, value) != value:
             raise UserError(f"{name} trains with --{setting} {value}, not {flags[setting]}: leave it out.")
     if variant.scenes_only and flags.get("data", "scenes") != "scenes":
-        raise UserError(f"{name} needs scenes, which --data {flags['data']} has not: leave it out.")
+        raise UserError(f"{name} needs scenes, not --data {flags['data']}: leave it out.")
     return flags if "resume" in flags else flags | variant.settings
 
 
 def main() -> None:
     usage = "\n".join([__doc__, *(f"    {name:12} {variant.note}" for name, variant in VARIANTS.items())])
-    name = next(iter(sys.argv[1:]), "")
+    name, *flags = sys.argv[1:] or [""]
     with exit_on_error(), run_folder.sigterm_as_keyboard_interrupt():
-        if name in VARIANTS:
-            run(variant_flags(name, read_flags(usage, sys.argv[2:])), VARIANTS[name].task)
-        else:
-            read_flags(usage, [name] if name in ("-h", "--help") else [])
-            raise UserError(f"{name or 'nothing'} is no variant: give one of {', '.join(VARIANTS)}.")
+        if name in ("-h", "--help"):
+            read_flags(usage, ["--help"])  # prints the usage and exits
+        if name not in VARIANTS:
+            raise UserError(f"{name!r} is not a variant: give one of {', '.join(VARIANTS)}.")
+        run(variant_flags(name, read_flags(usage, flags)), VARIANTS[name].task)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ random parameters takes one prompt of 600 tokens, and its completions have 100.
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -25,7 +28,6 @@ from locus_mini import train_step
 from models import add_lora, load_policy
 from policy import Policy
 from scale.export import Target, make_row
-from scale.measure import in_new_process, peak_memory
 from scale.train_trl import OURS, PAPER, build_trainer
 from training.settings import Config, resolve
 
@@ -83,7 +85,7 @@ def measure(model: str, trainer_name: str, repeat: int, folder: str) -> str:
     """A row of the table: the best of `repeat` full steps after a first one, and memory beyond the model."""
     (policy, cues, cfg), clock = prepare(model), Clock()
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    loaded = peak_memory()
+    loaded = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
     if trainer_name == "ours":
         policy = add_lora(policy, 16)
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -101,7 +103,8 @@ def measure(model: str, trainer_name: str, repeat: int, folder: str) -> str:
         trainer.train()
         length = trainer.state.log_history[-2]["completions/mean_length"]
     wall, processor = (min(end - start for start, end in pairwise(times)) for times in zip(*clock.times))
-    size, memory = f"{model} ({millions:.1f} M)", f"{peak_memory() - loaded:.2f} GB"
+    peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20  # GB
+    size, memory = f"{model} ({millions:.1f} M)", f"{peak - loaded:.2f} GB"
     return f"| {size} | {trainer_name} | {wall:.2f} | {processor:.2f} | {memory} | {length:.0f} |"
 
 
@@ -110,8 +113,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     repeat = parser.parse_args().repeat
     cases = product(("embedded", "60 million"), ("ours", "TRL", "TRL, checkpointing off"))
-    with exit_on_error(), tempfile.TemporaryDirectory() as folder:
-        rows = [in_new_process(measure, *case, repeat, folder) for case in cases]
+    # A process for each measurement, so that its peak memory is its own.
+    pool = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
+    with exit_on_error(), tempfile.TemporaryDirectory() as folder, pool:
+        rows = [pool.submit(measure, *case, repeat, folder).result() for case in cases]
     print(HEADER, "|---" * 6 + "|", *rows, sep="\n")
 
 

@@ -13,3 +13,7 @@ from policy import Policy
 @pytest.fixture(params=KINDS)
 def policy(request) -> Policy:
     return with_adapter(random_policy(request.param))
+
+
+# --doctest-modules is for the seven root files: the scripts beside the tests are not imported for it.
+collect_ignore = ["bench_group.py", "gpu_check.py", "kill_many.py", "names.py"]

@@ -1,8 +1,8 @@
-"""Models of the published families without their weights: their settings, in true size or in miniature.
+"""Models of the published families without their weights: their settings, in full size or in miniature.
 
-The folders of tests/families/ hold config.json, generation_config.json and preprocessor_config.json by the
-values that the hub has. The chat templates here are ours and write what the published ones write for a turn
-of images and text. The tokenizer is the embedded model's: what matters are its special tokens.
+The folders of tests/families/ hold config.json, generation_config.json and preprocessor_config.json with the
+values that the hub has. The chat templates are our own; for a turn of images and text they write what the
+published ones write. The tokenizer is the embedded model's: only its special tokens matter here.
 """
 
 import json
@@ -25,7 +25,7 @@ PARAMETERS = {  # of the published weights
     "Qwen3-VL-8B-Instruct": 8_767_123_696,
     "MiMo-VL-7B-RL": 8_306_217_216,
 }
-IDS = {  # published id: the token
+IDS = {  # published token id: token
     151643: "<|endoftext|>",
     151645: "<|im_end|>",
     151652: "<|vision_start|>",
@@ -33,27 +33,28 @@ IDS = {  # published id: the token
     151655: "<|image_pad|>",
     151656: "<|video_pad|>",
 }
-SYSTEM = {
+SYSTEM = {  # start of a model's name: its system prompt
     "Qwen2.5": "You are a helpful assistant.",
     "MiMo-VL": "You are MiMo, an AI assistant developed by Xiaomi.",
 }
 
 
 def chat_template(name: str) -> str:
-    """What a model's published template writes around a turn, and how it begins an answer."""
-    spoken = next((text for begin, text in SYSTEM.items() if name.startswith(begin)), None)
-    before = f"<|im_start|>system\n{spoken}<|im_end|>\n" if spoken else ""
+    """What a model's published template writes around a turn and at the start of a completion."""
+    prompt = next((text for prefix, text in SYSTEM.items() if name.startswith(prefix)), None)
+    system = f"<|im_start|>system\n{prompt}<|im_end|>\n" if prompt else ""
     think = "<think>\n" if name.endswith("Thinking") else ""
-    return before + architecture.CHAT_TEMPLATE.replace("assistant\n", f"assistant\n{think}")
+    return system + architecture.CHAT_TEMPLATE.replace("assistant\n", f"assistant\n{think}")
 
 
-def merged(base: dict, more: dict) -> dict:
-    """`base` with the values of `more`, part by part."""
-    return base | {k: merged(base[k], v) if isinstance(base.get(k), dict) else v for k, v in more.items()}
+def merged(base: dict, overrides: dict) -> dict:
+    """`base` with the values of `overrides`, in nested dicts too."""
+    parts = ((k, v, isinstance(base.get(k), dict)) for k, v in overrides.items())
+    return base | {k: merged(base[k], v) if nested else v for k, v, nested in parts}
 
 
 def small(config: dict) -> dict:
-    """The same keys, tiny sizes."""
+    """A config with the same keys and miniature sizes."""
     text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     text |= dict(num_key_value_heads=2, initializer_range=0.1, vocab_size=512)
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
@@ -65,53 +66,55 @@ def small(config: dict) -> dict:
     return merged(config, text | dict(vision_config=vision | dict(fullatt_block_indexes=[1], window_size=56)))
 
 
-def settings(name: str, folder: Path, miniature: bool = False, **more: Any) -> Path:
-    """A folder as the hub has it, but for the weights and for ids, which are those of our tokenizer.
+def settings(name: str, folder: Path, miniature: bool = False, **overrides: Any) -> Path:
+    """A model folder as on the hub, but without weights and with the token ids of our tokenizer.
 
-    more: other values of config.json.
+    overrides: values of config.json to replace.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = architecture.build_tokenizer()
-    ours = {number: tokenizer.convert_tokens_to_ids(token) for number, token in IDS.items()}
+    new_ids = {number: tokenizer.convert_tokens_to_ids(token) for number, token in IDS.items()}
 
-    def own_ids(value: Any) -> Any:
+    def replace_ids(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: own_ids(v) for key, v in value.items()}
+            return {key: replace_ids(v) for key, v in value.items()}
         if isinstance(value, list):
-            return [own_ids(v) for v in value]
-        return ours.get(value, value) if isinstance(value, int) else value
+            return [replace_ids(v) for v in value]
+        return new_ids.get(value, value) if isinstance(value, int) else value
 
     for path in (FOLDER / name).glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if path.name == "config.json":
-            content = merged(small(content) if miniature else content, more)
-        (folder / path.name).write_text(json.dumps(own_ids(content), indent=2), encoding="utf-8")
+            content = merged(small(content) if miniature else content, overrides)
+        (folder / path.name).write_text(json.dumps(replace_ids(content), indent=2), encoding="utf-8")
     tokenizer.chat_template = chat_template(name)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def random_weights(folder: Path, std: float = 0.02, shard: int = 4 * 10**9) -> Path:
-    """Random bf16 weights for a folder's config, in safetensors of about `shard` bytes, as on the hub."""
+    """Adds random bf16 weights to a model folder, in safetensors of about `shard` bytes, as on the hub."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, billions of numbers take minutes
+    device = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # billions of random numbers take minutes on a CPU
     torch.manual_seed(0)
     shards: list[dict[str, torch.Tensor]] = [{}]
-    where = {}
+    weight_map = {}
     for name, weight in model.named_parameters():
         if sum(value.nbytes for value in shards[-1].values()) > shard:
             save_file(shards[-1], folder / f"model-{len(shards):05}.safetensors", metadata={"format": "pt"})
             shards += [{}]
-            shards[-2].clear()
-        if weight.dim() == 1:  # of a norm 1, of a bias 0
+            shards[-2].clear()  # only one shard is in memory at a time
+        if weight.dim() == 1:  # 1 for a norm's weight, 0 for a bias
             value = torch.full(weight.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
         else:
             value = torch.randn(weight.shape, device=device, dtype=torch.bfloat16).mul_(std).cpu()
-        shards[-1][name], where[name] = value, f"model-{len(shards):05}.safetensors"
+        shards[-1][name], weight_map[name] = value, f"model-{len(shards):05}.safetensors"
     save_file(shards[-1], folder / f"model-{len(shards):05}.safetensors", metadata={"format": "pt"})
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": where}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder

@@ -1,10 +1,10 @@
-"""What only a GPU can show: memory against cards of a given size, speed and where it goes, TRL beside it.
+"""Measures what only a GPU can show: peak memory on cards of a given size, speed, and a step beside TRL's.
 
     python tests/gpu_check.py --only memory|speed|trl
 
-Each part is meant to end within 8 minutes and prints one table. No weights are needed: the published shapes
-get random ones, written as safetensors (17 GB at most, where TMPDIR says), and go through the program's code.
-Without CUDA a part does what a CPU can show of it. What is measured stands with the machine and versions.
+Each part should end within 8 minutes and prints one table with the name of the machine and the versions. No
+download is needed: models of the published shapes get random weights, written as safetensors to TMPDIR (17 GB
+at most), and go through the program's own code. Without CUDA, each part does as much of it as a CPU can.
 """
 
 import argparse
@@ -47,34 +47,34 @@ CUDA, ROOT = torch.cuda.is_available(), Path(__file__).parents[1]
 
 def machine() -> str:
     name = torch.cuda.get_device_name() if CUDA else "CPU only"
-    used = (torch, transformers, bitsandbytes)
-    return f"{name}; " + ", ".join(f"{module.__name__} {module.__version__}" for module in used)
+    packages = (torch, transformers, bitsandbytes)
+    return f"{name}; " + ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
 
 
 # ---------------------------------------------------------------- memory
 
 
 class Tracker(TorchDispatchMode):
-    """Bytes of tensors alive, counted as operators return them: a CPU's stand-in for torch.cuda's own count.
+    """Counts the bytes of the tensors that operators return: for a CPU, what torch.cuda counts on a GPU.
 
-    What an operator needs inside itself is not seen.
+    Memory that an operator uses only internally does not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[int, int] = {}
-        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}  # bytes of each storage
+        self.current = self.peak = 0
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.live:
-            self.live[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+        if (key := storage._cdata) not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
             weakref.finalize(storage, self.drop, key)
 
     def drop(self, key: int) -> None:
-        self.now -= self.live.pop(key)
+        self.current -= self.sizes.pop(key)
 
     def add_model(self, model: nn.Module) -> None:
         for tensor in model.parameters():
@@ -84,218 +84,215 @@ class Tracker(TorchDispatchMode):
                     self.add(part)
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        return out
+        return result
 
     def max_memory_allocated(self) -> int:
         return self.peak
 
     def reset_peak_memory_stats(self) -> None:
-        self.peak = self.now
+        self.peak = self.current
 
 
 @dataclass
 class Case:
-    """A published model, flags of locus_mini.py, other values of its config, the card that must do in GB."""
+    """A published model and how to run it; `card`: GB of the card on which it must fit."""
 
     name: str
-    flags: dict[str, Any]
-    changed: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any]  # of locus_mini.py
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the model's config
     card: int | None = None
 
 
-# As the issue of a card's size is put: a photo, a crop, 8 answers of 256 tokens to each of 8 prompts.
+# A photo and a crop, and 8 completions of 256 tokens for each of 8 prompts.
 ON_GPU = [
     Case("Qwen2.5-VL-3B-Instruct", {"image_pixels": 640 * 480}, card=8),
     Case("Qwen3-VL-4B-Instruct", {"image_pixels": 640 * 480}, card=8),
     Case("Qwen2.5-VL-7B-Instruct", {"image_pixels": 640 * 480}, card=12),
     Case("Qwen2.5-VL-7B-Instruct", {"image_pixels": 1280 * 960}, card=16),
 ]
-# True widths, but so few layers, words and tokens that a CPU can do it.
-FEW = {
+# The published widths, but few enough layers, words and tokens for a CPU.
+SMALL_FLAGS = {
     "num_generations": 4,
     "max_new_tokens": 24,
     "prompts": 2,
     "image_pixels": 224**2,
     "crop_pixels": 112**2,
 }
-FLAT = {
+TWO_LAYERS_QWEN2_5 = {
     "num_hidden_layers": 2,
     "vocab_size": 32_000,
     "vision_config": {"depth": 2, "fullatt_block_indexes": [1]},
 }
-NESTED = {"text_config": {"num_hidden_layers": 2, "vocab_size": 32_000}}
-NESTED["vision_config"] = {"depth": 2, "deepstack_visual_indexes": [0]}
+TWO_LAYERS_QWEN3 = {"text_config": {"num_hidden_layers": 2, "vocab_size": 32_000}}
+TWO_LAYERS_QWEN3["vision_config"] = {"depth": 2, "deepstack_visual_indexes": [0]}
 ON_CPU = [
-    Case("Qwen2.5-VL-3B-Instruct", FEW, FLAT),
-    Case("Qwen2.5-VL-3B-Instruct", FEW | {"gradient_checkpointing": False}, FLAT),
-    Case("Qwen3-VL-4B-Instruct", FEW, NESTED),
-    Case("Qwen2.5-VL-7B-Instruct", FEW, FLAT),
+    Case("Qwen2.5-VL-3B-Instruct", SMALL_FLAGS, TWO_LAYERS_QWEN2_5),
+    Case("Qwen2.5-VL-3B-Instruct", SMALL_FLAGS | {"gradient_checkpointing": False}, TWO_LAYERS_QWEN2_5),
+    Case("Qwen3-VL-4B-Instruct", SMALL_FLAGS, TWO_LAYERS_QWEN3),
+    Case("Qwen2.5-VL-7B-Instruct", SMALL_FLAGS, TWO_LAYERS_QWEN2_5),
 ]
 
 
-def build(name: str, folder: Path, **changed: Any) -> Path:
-    """A published shape with random weights in a folder, if they are not there yet."""
+def build(name: str, folder: Path, **overrides: Any) -> Path:
+    """Writes a model of a published shape with random weights to a folder, unless the folder has it."""
     if not (folder / "model.safetensors.index.json").exists():
-        families.random_weights(families.settings(name, folder, **changed))
+        families.random_weights(families.settings(name, folder, **overrides))
         if CUDA:
             torch.cuda.empty_cache()
     return folder
 
 
 def measure_case(case: Case, folder: Path) -> dict[str, Any]:
-    """Peak bytes by phase, predicted and found; on a GPU also the seconds of the second of two steps."""
-    build(case.name, folder, **case.changed)
+    """Peak bytes by phase, predicted and measured; on a GPU also the seconds of the second of two steps."""
+    build(case.name, folder, **case.overrides)
     flags = {"model": str(folder), "load_in_4bit": True} | case.flags
     config, family = read_family(flags["model"])
     cfg, _ = resolve(flags, family)
     predicted = dry_run.predict(dry_run.empty_model(config), cfg, family)
     row = {"predicted": {name: sum(parts.values()) for name, parts in predicted.items()}}
     if CUDA:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - dry_run.CONTEXT) * 1e9 / whole))
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card - dry_run.CONTEXT) * 1e9 / total))
         policy, cfg, _ = prepare(flags)
         steps = dry_run.largest_steps(policy, cfg, train_step, LOCUS)
         row |= {
             "seconds": steps[-1]["seconds"],
             "tokens": cfg.prompts * cfg.num_generations * cfg.max_new_tokens,
         }
-        return row | {"found": memory.PEAKS}
+        return row | {"measured": memory.PEAKS}
     policy, cfg, _ = prepare(flags, dtype=torch.bfloat16)
     memory.METER = tracker = Tracker()
     tracker.add_model(policy.model)
-    memory.PEAKS["loading"] = tracker.now
+    memory.PEAKS["loading"] = tracker.current
     with tracker:
         dry_run.largest_steps(policy, cfg, train_step, LOCUS)
-    return row | {"found": memory.PEAKS}
+    return row | {"measured": memory.PEAKS}
 
 
 def check_memory() -> None:
-    """Each case in a process of its own: what one could not give back would be the next one's."""
+    """Measures each case in a process of its own, so that no memory of a case counts in the next."""
     print(
         f"{'model':26}{'image':>10}{'card':>7}" + "".join(f"{name:>18}" for name in memory.LOWER) + "   step"
     )
-    with tempfile.TemporaryDirectory() as there:
+    with tempfile.TemporaryDirectory() as temp:
         for number, case in enumerate(ON_GPU if CUDA else ON_CPU):
-            folder = Path(there) / case.name
-            for other in (path for path in Path(there).iterdir() if path != folder):
-                shutil.rmtree(other)  # one model at a time on the disk
+            folder = Path(temp) / case.name
+            for old in (path for path in Path(temp).iterdir() if path != folder):
+                shutil.rmtree(old)  # the disk holds one model at a time
             command = [sys.executable, __file__, "--only", "memory", "--case", str(number), str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            process = subprocess.run(command, capture_output=True, text=True)
             title = f"{case.name:26}{case.flags['image_pixels']:>10,}{f'{case.card} GB' if CUDA else '':>7}"
-            if done.returncode:
-                print(f"{title}  failed: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
+            if process.returncode:
+                print(f"{title}  failed: {(process.stderr.strip().splitlines() or ['it was killed'])[-1]}")
                 continue
-            row = json.loads(done.stdout.strip().splitlines()[-1])
+            row = json.loads(process.stdout.strip().splitlines()[-1])
             for name in memory.LOWER:
-                one, other = row["found"].get(name, 0) / 1e9, row["predicted"][name] / 1e9
-                title += f"{one:8.3f} ({other / one - 1:+5.0%})" if one else ""
+                measured, predicted = row["measured"].get(name, 0) / 1e9, row["predicted"][name] / 1e9
+                title += f"{measured:8.3f} ({predicted / measured - 1:+5.0%})" if measured else ""
             seconds = (
                 f"{row['seconds']:6.1f} s, {row['tokens'] / row['seconds']:.0f} tokens/s" if CUDA else ""
             )
             print(title + seconds, flush=True)
-    found = "allocated on the GPU" if CUDA else "tensors alive on the CPU, of 2 layers and 32,000 words"
-    print(f"GB {found}, in brackets how far off the prediction is; {machine()}")
+    meaning = "allocated on the GPU" if CUDA else "of tensors on the CPU, with 2 layers and 32,000 words"
+    print(f"GB {meaning}; in brackets, how far the prediction is off; {machine()}")
 
 
 # ---------------------------------------------------------------- speed
 
 
 def bandwidth() -> float:
-    """Bytes a second that the GPU reads and writes, by copying 2 GB a few times."""
-    one = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    other = one.clone()
+    """Bytes per second that the GPU reads and writes while it copies 2 GB ten times."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = source.clone()
     torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(10):
-        other.copy_(one)
+        target.copy_(source)
     torch.cuda.synchronize()
-    return 10 * 2 * len(one) / (time.perf_counter() - began)
+    return 10 * 2 * len(source) / (time.perf_counter() - start)
 
 
-def decoding(policy: Policy, batch: Any, group: int, longest: int) -> float:
-    """Seconds of a rollout without reading its prompts: that of all tokens less that of one."""
+def decoding_seconds(policy: Policy, batch: Any, num_generations: int, max_new_tokens: int) -> float:
+    """Seconds of a rollout without its prefill: those for all tokens minus those for the first."""
     seconds = []
-    for tokens in (1, 1, longest):  # the first warms up
+    for num_tokens in (1, 1, max_new_tokens):  # the first warms up
         generator = torch.Generator(policy.device).manual_seed(0)
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        rollout(policy, batch, group, tokens, generator)
+        start = time.perf_counter()
+        rollout(policy, batch, num_generations, num_tokens, generator)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return seconds[2] - seconds[1]
 
 
 def check_rollout(folder: Path) -> None:
-    """Tokens a second at batch 64 beside what the memory's bandwidth allows, and where a step's time goes."""
+    """Tokens per second of 64 completions, what the memory bandwidth allows, and where a step's time goes."""
     policy, cfg, _ = prepare({"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480})
-    cues, G, T = (
-        dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels),
-        cfg.num_generations,
-        cfg.max_new_tokens,
-    )
-    items = [example.prompt for example in sample_batch(policy.processor, cues, 0, cfg)]
-    checked = self_check(policy, items[:2], G, 32, 0)
-    print("self-check: " + ", ".join(f"{name} {value:.2g}" for name, value in checked.items()))
+    cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    G, T = cfg.num_generations, cfg.max_new_tokens
+    prompts = [example.prompt for example in sample_batch(policy.processor, cues, 0, cfg)]
+    results = self_check(policy, prompts[:2], G, 32, 0)
+    print("self-check: " + ", ".join(f"{name} {value:.2g}" for name, value in results.items()))
     policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
-    batch = collate(policy, items)
-    seconds, rate = decoding(policy, batch, G, T), bandwidth()
+    batch = collate(policy, prompts)
+    seconds, rate = decoding_seconds(policy, batch, G, T), bandwidth()
     config, family = read_family(str(folder))
-    text, sizes = config.get_text_config(), dry_run.weights(dry_run.empty_model(config), family, True, 16)
-    size = text.hidden_size // text.num_attention_heads
-    column = 4 * text.num_key_value_heads * size * text.num_hidden_layers  # bytes of keys and values
-    cache = len(items) * (batch.input_ids.shape[1] + G * T / 2) * column
-    head = 2 * text.vocab_size * text.hidden_size
-    least = (sizes["text layers"] + sizes["adapter"] + head + cache) / rate  # seconds for one token of all
-    found, allowed = len(items) * G * T / seconds, len(items) * G / least
-    print(
-        f"rollout: {found:.0f} tokens/s, and {rate / 1e9:.0f} GB/s allow {allowed:.0f}: {found / allowed:.0%}"
-    )
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr)
+    text, weights = config.get_text_config(), dry_run.weights(dry_run.empty_model(config), family, True, 16)
+    head_size = text.hidden_size // text.num_attention_heads
+    column_bytes = 4 * text.num_key_value_heads * head_size * text.num_hidden_layers  # of keys and values
+    cache = len(prompts) * (batch.input_ids.shape[1] + G * T / 2) * column_bytes
+    lm_head = 2 * text.vocab_size * text.hidden_size
+    # To sample a token of every completion, the GPU reads all of these bytes once.
+    bytes_per_token = weights["text layers"] + weights["adapter"] + lm_head + cache
+    measured, possible = len(prompts) * G * T / seconds, len(prompts) * G * rate / bytes_per_token
+    limit = f"{possible:.0f} tokens/s that {rate / 1e9:.0f} GB/s allow"
+    print(f"rollout: {measured:.0f} tokens/s, {measured / possible:.0%} of the {limit}")
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        train_step(policy, optimizer, cues, 0, replace(cfg, reward="random", steps=2, max_new_tokens=32))
+        cfg = replace(cfg, steps=2, max_new_tokens=32)
+        train_step(policy, optimizer, cues, 0, cfg, replace(LOCUS, score=dry_run.random_rewards))
     print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=12, max_name_column_width=50))
 
 
 def check_packing() -> None:
-    """A token's log-probability in bf16, packed with its group and in a row alone: the median difference."""
+    """How much a log-probability in bf16 differs between the packed pass of a group and a row of its own."""
     policy = add_lora(load_policy("tiny", load_in_4bit=False, dtype=torch.bfloat16), 16)
     cues = open_cues("scenes", "train", 0, CueConfig())
-    items = [encode_cue(policy.processor, cues[i], "object") for i in range(8)]
-    batch = collate(policy, items)
+    prompts = [encode_cue(policy.processor, cues[i], "object") for i in range(8)]
+    batch = collate(policy, prompts)
     generator = torch.Generator(policy.device).manual_seed(0)
     rollouts = rollout(policy, batch, 8, 40, generator)
     with torch.no_grad():
         packed = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
         alone = torch.zeros_like(packed)
-        for b, item in enumerate(items):
-            row = collate(policy, [item])
+        for b, prompt in enumerate(prompts):
+            row = collate(policy, [prompt])
             for g in range(8):
-                some = (slice(b, b + 1), slice(g, g + 1))
-                alone[some] = token_logps(policy, row, rollouts.tokens[some], rollouts.mask[some])
-    gap = (packed - alone).abs()[rollouts.mask]
-    print(
-        f"bf16, packed against one row: median {gap.median():.4f} nats, largest {gap.max():.3f} (under 0.02)"
-    )
+                index = (slice(b, b + 1), slice(g, g + 1))
+                alone[index] = token_logps(policy, row, rollouts.tokens[index], rollouts.mask[index])
+    difference = (packed - alone).abs()[rollouts.mask]
+    median, largest = difference.median(), difference.max()
+    print(f"bf16, packed and alone: {median:.4f} nats apart (median; under 0.02), {largest:.3f} at most")
 
 
 def check_curve() -> None:
-    """Fifty steps of the embedded model on this device and on the CPU: IoU of the first and last ten."""
+    """Trains the embedded model for 50 steps on GPU and CPU: the mean IoU of the first and last ten."""
     for device in ("GPU", "CPU") if CUDA else ("CPU",):
-        with tempfile.TemporaryDirectory() as there:
-            command = [sys.executable, "locus_mini.py", "--steps", "50", "--eval-cues", "10", "--out", there]
+        with tempfile.TemporaryDirectory() as temp:
+            command = [sys.executable, "locus_mini.py", "--steps", "50", "--eval-cues", "10", "--out", temp]
             command += ["--no-load-in-4bit", "--show-every", "0"]
-            unseen = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {})
-            done = subprocess.run(command, cwd=ROOT, env=unseen, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{device}: {done.stderr[-2000:]}")
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "CPU" else {})
+            process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            if process.returncode:
+                print(f"{device}: {process.stderr[-2000:]}")
                 continue
-            lines = (Path(there) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (Path(temp) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [json.loads(line) for line in lines]
         first, last = (mean(step["iou"] for step in part) for part in (steps[:10], steps[-10:]))
         error = torch.tensor([step["iou"] for step in steps[-10:]]).std() / 10**0.5
@@ -309,59 +306,61 @@ def check_speed() -> None:
     check_packing()
     check_curve()
     if not CUDA:
-        print("Without a GPU: no rate of a rollout of a true shape, and nowhere for its time to go.")
+        print("Without a GPU, the rollout of a published shape and the profile of a step are not measured.")
         return
-    with tempfile.TemporaryDirectory() as there:
-        check_rollout(build("Qwen2.5-VL-7B-Instruct", Path(there) / "Qwen2.5-VL-7B-Instruct"))
+    with tempfile.TemporaryDirectory() as temp:
+        check_rollout(build("Qwen2.5-VL-7B-Instruct", Path(temp) / "Qwen2.5-VL-7B-Instruct"))
 
 
 # ---------------------------------------------------------------- TRL
 
 
 def check_trl() -> None:
-    """One step of TRL's trainer and one of ours: same model in 4 bit, adapter, prompts, lengths, answers."""
+    """A step of TRL's trainer and one of ours, with the same 4-bit model, adapter, prompts and lengths."""
     if find_spec("trl") is None:
         print("TRL is not installed: pip install -r scale/requirements.txt, in an environment of its own.")
         return
     if not CUDA:
         subprocess.run([sys.executable, "-m", "scale.side_by_side"], cwd=ROOT, check=True)
         return
-    with tempfile.TemporaryDirectory() as there:
-        folder = Path(there) / "Qwen3-VL-4B-Instruct"
-        for way in ("ours", "TRL"):
-            command = [sys.executable, __file__, "--only", "trl", "--case", way, str(folder)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            print(done.stdout.strip().splitlines()[-1] if not done.returncode else done.stderr[-2000:])
-    print(f"{folder.name} in 4 bit, a photo of 640 × 480, 8 prompts, 8 answers of 256 tokens; {machine()}")
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp) / "Qwen3-VL-4B-Instruct"
+        for trainer in ("ours", "TRL"):
+            command = [sys.executable, __file__, "--only", "trl", "--case", trainer, str(folder)]
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            failed = process.returncode != 0
+            print(process.stderr[-2000:] if failed else process.stdout.strip().splitlines()[-1])
+    print(f"{folder.name} in 4 bit, photos of 640 × 480, 8 prompts × 8 completions × 256 tokens; {machine()}")
 
 
-def one_step(way: str, folder: Path) -> None:
-    """Seconds of the second of two steps and the peak memory, by ours or by TRL's trainer.
+def measure_trainer(name: str, folder: Path) -> None:
+    """Prints the seconds of the second of two steps and the peak memory of a trainer, "ours" or "TRL".
 
-    Each recomputes its layers in its own way; TRL's attention is ours too, which only helps it.
+    Each uses its own gradient checkpointing. TRL runs with our attention, which makes it faster.
     """
     build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
-    policy, cfg, _ = prepare(flags | {"gradient_checkpointing": way == "ours"})
+    policy, cfg, _ = prepare(flags | {"gradient_checkpointing": name == "ours"})
     cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
-    memory.METER = None  # one peak of all phases
+    memory.METER = None  # the peak of all phases together, not of each
     torch.cuda.reset_peak_memory_stats()
-    if way == "ours":
+    if name == "ours":
         seconds = dry_run.largest_steps(policy, cfg, train_step, LOCUS)[-1]["seconds"]
     else:
         from scale.side_by_side import Clock, make_trainer, rows_of
 
         policy.model = policy.model.unload()
         rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")
-        ways = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
-        ways |= dict(per_device_train_batch_size=cfg.num_generations, gradient_accumulation_steps=cfg.prompts)
-        ways |= dict(max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, beta=cfg.beta)
-        ways |= dict(generation_kwargs={"min_new_tokens": cfg.max_new_tokens})
-        trainer, clock = make_trainer(policy, cfg.lora_rank, rows, str(folder / "trl"), **ways), Clock()
+        kwargs = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
+        kwargs |= dict(per_device_train_batch_size=cfg.num_generations)
+        kwargs |= dict(gradient_accumulation_steps=cfg.prompts, learning_rate=cfg.lr, beta=cfg.beta)
+        kwargs |= dict(max_completion_length=cfg.max_new_tokens)
+        kwargs |= dict(generation_kwargs={"min_new_tokens": cfg.max_new_tokens})
+        trainer, clock = make_trainer(policy, cfg.lora_rank, rows, str(folder / "trl"), **kwargs), Clock()
         trainer.add_callback(clock)
         trainer.train()
         seconds = clock.times[1][0] - clock.times[0][0]
-    print(f"{way:6}{seconds:8.1f} s a step, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
+    print(f"{name:6}{seconds:8.1f} s a step, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most")
 
 
 def main() -> None:
@@ -373,7 +372,7 @@ def main() -> None:
         cases = ON_GPU if CUDA else ON_CPU
         print(json.dumps(measure_case(cases[int(args.case[0])], Path(args.case[1]))))
     elif args.case:
-        one_step(args.case[0], Path(args.case[1]))
+        measure_trainer(args.case[0], Path(args.case[1]))
     else:
         {"memory": check_memory, "speed": check_speed, "trl": check_trl}[args.only]()
 

@@ -1,9 +1,9 @@
-"""Kills a run at 50 random moments, some of them while a checkpoint is written, and compares its end.
+"""Kills a run at 50 random moments, a third of them while a checkpoint is written, and checks its end.
 
     python tests/kill_many.py [--kills 50] [--seed 0]
 
-After each kill the run is resumed; when it is complete another one begins. At the end every run must be the
-same, to the last bit, as one that was left alone. The ordinary tests kill three times; this takes longer.
+After each kill the run is resumed; when it is complete, another starts. Every complete run must equal one
+that was never killed, to the last bit. The ordinary tests kill three times; this script takes longer.
 """
 
 import argparse
@@ -28,29 +28,35 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def end_of(folder: Path) -> tuple:
-    """What must not hang on whether a run was killed."""
-    lines = [json.loads(line) | {"seconds": 0} for line in (folder / "metrics.jsonl").open()]
+def start_or_resume(run: Path) -> subprocess.Popen:
+    """Resumes the run if it has a config.json, else starts it."""
+    resumed = (run / "config.json").exists()
+    return start("--resume", run) if resumed else start("--out", run, *SMALL)
+
+
+def outcome(folder: Path) -> tuple:
+    """Metrics, adapter and scores of a complete run, which must not depend on whether it was killed."""
+    metrics = [json.loads(line) | {"seconds": 0} for line in (folder / "metrics.jsonl").open()]
     results = json.loads((folder / "results.json").read_text())
-    kept = {key: results[key] for key in ("before", "after", "change", "baselines")}
-    return lines, (folder / "adapter" / "adapter_model.safetensors").read_bytes(), kept
+    scores = {key: results[key] for key in ("before", "after", "change", "baselines")}
+    return metrics, (folder / "adapter" / "adapter_model.safetensors").read_bytes(), scores
 
 
-def writes(folder: Path, began: float) -> bool:
-    """Whether a checkpoint is being written; what an earlier kill has left is older."""
+def is_writing(folder: Path, started: float) -> bool:
+    """Whether a checkpoint is being written; files that an earlier kill has left are older."""
     try:
-        return any(path.stat().st_mtime > began for path in folder.glob("checkpoints/*.new/*"))
+        return any(path.stat().st_mtime > started for path in folder.glob("checkpoints/*.new/*"))
     except FileNotFoundError:
         return False
 
 
-def state_of(folder: Path) -> tuple[int, int]:
-    """Steps of the last checkpoint, and whole lines of metrics.jsonl: these must be steps 0, 1, 2 …"""
+def count_steps(folder: Path) -> tuple[int, int]:
+    """Steps in the last checkpoint, and complete lines of metrics.jsonl, which must be steps 0, 1, 2 …"""
     saved = sorted(p for p in folder.glob("checkpoints/step-*") if p.suffix != ".new")
     log = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").exists() else b""
-    whole = [json.loads(line)["step"] for line in log[: log.rfind(b"\n") + 1].splitlines()]
-    assert whole == list(range(len(whole))), f"metrics.jsonl holds the steps {whole}"
-    return int(saved[-1].name[5:]) if saved else 0, len(whole)
+    steps = [json.loads(line)["step"] for line in log[: log.rfind(b"\n") + 1].splitlines()]
+    assert steps == list(range(len(steps))), f"metrics.jsonl holds the steps {steps}"
+    return int(saved[-1].name[5:]) if saved else 0, len(steps)
 
 
 def main() -> None:
@@ -58,42 +64,36 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng, folder, runs = random.Random(args.seed), Path(tempfile.mkdtemp()), 0
-    began = time.monotonic()
-    assert start("--out", folder / "whole", *SMALL).wait() == 0
-    seconds, expected = time.monotonic() - began, end_of(folder / "whole")
-    run, writing, repeated = folder / "run", 0, []
+    rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp())
+    run, num_runs, num_writing, repeated = folder / "run", 0, 0, []
+    started = time.monotonic()
+    assert start("--out", folder / "uninterrupted", *SMALL).wait() == 0
+    seconds, expected = time.monotonic() - started, outcome(folder / "uninterrupted")
     for kill in tqdm(range(args.kills), desc="kills"):
-        begun = (run / "config.json").exists()
-        began = time.time()
-        process = start(*(("--resume", run) if begun else ("--out", run, *SMALL)))
-        if kill % 3 == 2:  # in the middle of a checkpoint
-            while process.poll() is None and not writes(run, began):
+        started = time.time()
+        process = start_or_resume(run)
+        if kill % 3 == 2:  # while a checkpoint is written
+            while process.poll() is None and not is_writing(run, started):
                 time.sleep(0.0005)
-            writing += process.poll() is None
+            num_writing += process.poll() is None
         else:
-            process.poll() or time.sleep(rng.uniform(0, seconds))
+            time.sleep(rng.uniform(0, seconds))
         process.kill()
-        said = process.stderr.read()
-        assert process.wait() in (0, -9), said
-        saved, done = state_of(run)
-        assert 0 <= done - saved <= 2, f"{done} steps done, {saved} saved: the last two can be lost, no more"
+        stderr = process.stderr.read()
+        assert process.wait() in (0, -9), stderr
+        saved, done = count_steps(run)
+        assert 0 <= done - saved <= 2, f"{done} steps done, {saved} saved: at most the last two may be lost"
         repeated.append(done - saved)
         if (run / "results.json").exists():
-            assert end_of(run) == expected
+            assert outcome(run) == expected
             shutil.rmtree(run)
-            runs += 1
+            num_runs += 1
     if run.exists():
-        assert (
-            start(*(("--resume", run) if (run / "config.json").exists() else ("--out", run, *SMALL))).wait()
-            == 0
-        )
-        assert end_of(run) == expected
-        runs += 1
-    print(
-        f"{args.kills} kills, {writing} of them inside a checkpoint, in {runs} runs: all end as the whole one"
-    )
-    print(f"steps done again after a kill: mean {sum(repeated) / len(repeated):.1f}, at most {max(repeated)}")
+        assert start_or_resume(run).wait() == 0
+        assert outcome(run) == expected
+        num_runs += 1
+    print(f"{args.kills} kills, {num_writing} while a checkpoint was written: {num_runs} runs end alike")
+    print(f"steps repeated after a kill: mean {sum(repeated) / len(repeated):.1f}, at most {max(repeated)}")
     shutil.rmtree(folder)
 
 

@@ -1,11 +1,14 @@
-"""Small random models of both families, with pictures of different sizes: all runs on a CPU in seconds."""
+"""Small random models of both architectures, and prompts with images of different sizes, for fast tests."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
@@ -21,8 +24,10 @@ from tiny import architecture
 KINDS = ("qwen2_5_vl", "qwen3_vl")
 
 
-def random_model(kind: str, tokenizer, width: int = 64, layers: int = 2, **extra):
-    """A random model of the family's own class, of miniature size, with its special tokens."""
+def random_model(
+    kind: str, tokenizer: PreTrainedTokenizerFast, width: int = 64, layers: int = 2, **text_config: Any
+) -> PreTrainedModel:
+    """A miniature random model of the family's own class; text_config: other settings of its text layers."""
     token = tokenizer.convert_tokens_to_ids
     ids = dict(
         image_token_id=token("<|image_pad|>"),
@@ -30,16 +35,14 @@ def random_model(kind: str, tokenizer, width: int = 64, layers: int = 2, **extra
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
     )
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width)
+    text |= dict(
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1
     )
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1) | extra
-    rope = dict(
-        rope_type="default",
-        rope_theta=10_000.0,
-        mrope_section=[width // 32, width // 32 + 1, width // 32 + 1],
-    )
-    rope["mrope_section"][0] = width // 8 - sum(rope["mrope_section"][1:])
+    text |= text_config
+    height = width // 32 + 1  # rotary dimensions of an image's height; its width has as many, time the rest
+    sections = [width // 8 - 2 * height, height, height]
+    rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=sections)
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=width)
     torch.manual_seed(0)
     if kind == "qwen3_vl":
@@ -53,14 +56,13 @@ def random_model(kind: str, tokenizer, width: int = 64, layers: int = 2, **extra
     return Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def random_policy(kind: str, stop_every: int = 12, **extra) -> Policy:
-    """A policy around a random model with a non-zero adapter; every `stop_every`-th token ends an answer."""
+def random_policy(kind: str, stop_every: int = 12, **kwargs: Any) -> Policy:
+    """A policy around a `random_model`, without an adapter; every `stop_every`-th token is a stop token."""
     tokenizer = architecture.build_tokenizer()
-    model = random_model(kind, tokenizer, **extra)
-    half = [0.5, 0.5, 0.5]
+    model, half = random_model(kind, tokenizer, **kwargs), [0.5, 0.5, 0.5]
     patch = model.config.vision_config.patch_size
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, image_mean=half, image_std=half)
-    cell = (2 * patch) ** 2
+    cell = (2 * patch) ** 2  # pixels of an image token
     family = replace(FAMILIES[kind], image_pixels=(cell, 12 * cell), crop_pixels=(cell, 4 * cell))
     policy = make_policy(model, Processor(tokenizer, processor, family, ""), torch.device("cpu"))
     policy.stop_ids = torch.arange(20, len(tokenizer), stop_every)
@@ -68,7 +70,7 @@ def random_policy(kind: str, stop_every: int = 12, **extra) -> Policy:
 
 
 def with_adapter(policy: Policy, rank: int = 4) -> Policy:
-    """The same policy with an adapter that does something: B is random instead of 0."""
+    """The policy with an adapter that changes its outputs: B is random instead of 0."""
     policy = add_lora(policy, rank)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
@@ -77,16 +79,15 @@ def with_adapter(policy: Policy, rank: int = 4) -> Policy:
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture of random pixels; Pillow's own noise has no seed."""
+    """An image of random pixels; Pillow's own noise cannot be seeded."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def prompts(policy: Policy, count: int = 3) -> list[EncodedPrompt]:
     """Prompts of different lengths: images of different sizes, with and without a crop."""
     sizes = [(90, 60), (64, 130), (200, 70), (64, 64)]
-    pictures = [noise(sizes[i % 4], i) for i in range(count)]
-    crops = [None if i % 3 == 2 else picture.crop((5, 5, 45, 35)) for i, picture in enumerate(pictures)]
-    return [
-        encode(policy.processor, "Find it." * (i + 1), picture, crop=crop)
-        for i, (picture, crop) in enumerate(zip(pictures, crops))
-    ]
+    images = [noise(sizes[i % 4], i) for i in range(count)]
+    crops = [None if i % 3 == 2 else image.crop((5, 5, 45, 35)) for i, image in enumerate(images)]
+    texts = ["Find it." * (i + 1) for i in range(count)]
+    inputs = zip(texts, images, crops, strict=True)
+    return [encode(policy.processor, text, image, crop=crop) for text, image, crop in inputs]

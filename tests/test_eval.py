@@ -19,6 +19,7 @@ from evaluation.reply_cache import ReplyCache
 from files.errors import UserError
 from models import add_lora, load_policy
 from tiny import scenes
+from training import pictures
 
 
 def save_adapter(folder: Path, std: float) -> Path:
@@ -240,13 +241,13 @@ def test_ask_about_an_image_of_ones_own(adapter, tmp_path, capsys):
 
 def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, monkeypatch):
     """The models must not read each other's reply: a map is that of the token that this model wrote."""
-    prompts, real = [], evaluation.attention.attention_maps
+    prompts, real = [], pictures.attention_maps
 
     def recorded(policy, items):
         prompts.extend(items)
         return real(policy, items)
 
-    monkeypatch.setattr(evaluation.attention, "attention_maps", recorded)
+    monkeypatch.setattr(pictures, "attention_maps", recorded)
     scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
     flags = ("--adapter", save_adapter(tmp_path / "adapter", std=0.1), "--out", tmp_path / "out")
     code, results = run("ask", tmp_path / "mine.png", "Where is the blue ring?", *flags)

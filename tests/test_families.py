@@ -1,4 +1,4 @@
-"""The published families: their own settings in miniature through the true code, in 4 bit, on COCO."""
+"""The published families: their own configs in miniature through the real code, in 4 bit, on COCO."""
 
 import json
 import re
@@ -24,206 +24,197 @@ from prompts import encode
 from training import dry_run, memory
 from training.settings import resolve
 
-KINDS = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Thinking", "MiMo-VL-7B-RL")
+NAMES = ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Thinking", "MiMo-VL-7B-RL")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=NAMES)
 def model(request, tmp_path_factory) -> Path:
-    """A family's settings, of miniature size, with random weights as the hub stores them."""
+    """A model folder with a family's config in miniature and random weights, stored as on the hub."""
     folder = families.settings(request.param, tmp_path_factory.mktemp("hub") / request.param, miniature=True)
     return families.random_weights(folder, std=0.1, shard=20_000)
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> list[str]:
-    """Flags for a small COCO: eight photos to train on, three held out."""
+    """Flags for a small COCO data set: eight photos for training, three held out."""
     corpus = Corpus(tmp_path_factory.mktemp("coco"))
-    for held, count in ((False, 8), (True, 3)):
+    for heldout, count in ((False, 8), (True, 3)):
         for i in range(count):
-            number = an_id(held, i)
+            number = an_id(heldout, i)
             corpus.image(number, noise((320, 240), number))
             corpus.box(number, 40 + 10 * i, 60, 24, 20)
             corpus.box(number, 150, 30 + 10 * i, 50, 40, kind=7)
     (corpus.folder / "ids.txt").write_text("")
-    where = ["--annotations", corpus.file, "--images", corpus.images, "--exclude", corpus.folder / "ids.txt"]
-    return ["--data", "coco", *map(str, where)]
+    flags = ["--annotations", corpus.file, "--images", corpus.images, "--exclude", corpus.folder / "ids.txt"]
+    return ["--data", "coco", *map(str, flags)]
 
 
-def test_module_by_module_what_is_4_bit_16_bit_32_bit_and_trained(model):
-    """As on a GPU: weights that are quantised, weights in bf16, float32 adapters that learn."""
+def test_each_weight_has_its_precision_and_only_the_adapter_is_trained(model):
+    """As on a GPU: 4-bit text layers, bf16 elsewhere, and a trainable adapter in float32."""
     policy = add_lora(load_policy(str(model), load_in_4bit=True, dtype=torch.bfloat16), 4)
-    seen = {"4 bit": 0, "bf16": 0, "trained": 0}
+    counts = {"4 bit": 0, "bf16": 0, "trained": 0}
     for name, parameter in policy.model.named_parameters():
         if "lora_" in name:
             assert "language_model" in name and parameter.dtype == torch.float32 and parameter.requires_grad
-            seen["trained"] += 1
+            counts["trained"] += 1
             continue
         assert not parameter.requires_grad, name
-        quantised = "language_model.layers" in name and parameter.dim() == 2 and "norm" not in name
-        if quantised:
+        is_quantised = "language_model.layers" in name and parameter.dim() == 2 and "norm" not in name
+        if is_quantised:
             assert parameter.dtype == torch.uint8 and parameter.quant_type == "nf4", name
             assert parameter.quant_state.nested and parameter.quant_state.dtype == torch.bfloat16, name
         else:
             assert parameter.dtype == torch.bfloat16, name
-        seen["4 bit" if quantised else "bf16"] += 1
-    assert (
-        seen["4 bit"] == 7 * 2 and seen["trained"] == 2 * 7 * 2
-    )  # maps of a layer × layers; A and B of each
-    visual = [
-        m for name, m in policy.base_model.named_modules() if "visual" in name and isinstance(m, nn.Linear)
-    ]
-    assert visual and all(type(m) is nn.Linear for m in visual), "the vision tower is not to be quantised"
+        counts["4 bit" if is_quantised else "bf16"] += 1
+    # 7 linear maps in each of 2 layers; an adapter has A and B for each.
+    assert counts["4 bit"] == 7 * 2 and counts["trained"] == 2 * 7 * 2
+    visual = [module for name, module in policy.base_model.named_modules() if "visual" in name]
+    visual = [module for module in visual if isinstance(module, nn.Linear)]
+    assert visual and all(type(module) is nn.Linear for module in visual), (
+        "the vision tower must not be quantised"
+    )
     assert type(policy.base_model.lm_head) is nn.Linear
-    tied = policy.base_model.lm_head.weight is policy.base_model.model.language_model.embed_tokens.weight
-    assert tied == policy.base_model.config.tie_word_embeddings
+    is_tied = policy.base_model.lm_head.weight is policy.base_model.model.language_model.embed_tokens.weight
+    assert is_tied == policy.base_model.config.tie_word_embeddings
 
 
-def test_the_whole_program_in_4_bit_on_coco(model, coco, tmp_path, monkeypatch, capsys):
+def test_training_and_evaluation_run_in_4_bit_on_coco(model, coco, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     arguments = ["--model", model, "--load-in-4bit", *coco, "--out", run, "--steps", 2, "--prompts", 2]
     arguments += ["--num-generations", 3, "--max-new-tokens", 6, "--eval-cues", 1, "--image-pixels", 60_000]
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *map(str, arguments)])
     locus_mini.main()
-    said = capsys.readouterr().out
-    assert "self-check passed" in said and (run / "adapter" / "adapter_model.safetensors").is_file()
+    out = capsys.readouterr().out
+    assert "self-check passed" in out and (run / "adapter" / "adapter_model.safetensors").is_file()
     results = json.loads((run / "results.json").read_text())
     assert results["after"]["cue"]["n"] == 1 and results["settings"]["gradient_checkpointing"]
     config = json.loads((run / "config.json").read_text())
     assert config["origin"]["lr"] == config["origin"]["micro_batch"] == "model family"
     assert config["origin"]["image_pixels"] == "flag" and config["image_pixels"] == 60_000
-    assert "lora_targets" in said and "skip_4bit" in said
-    asked = ["eval.py", "cues", "--model", model, "--load-in-4bit", *coco, "--n", 1, "--max-new-tokens", 4]
-    asked += ["--adapter", run / "adapter", "--out", tmp_path / "after"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
+    assert "lora_targets" in out and "skip_4bit" in out
+    arguments = ["eval.py", "cues", "--model", model, "--load-in-4bit", *coco, "--n", 1]
+    arguments += ["--max-new-tokens", 4]
+    arguments += ["--adapter", run / "adapter", "--out", tmp_path / "after"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     evaluation.main()
     assert (tmp_path / "after" / "results.json").is_file()
 
 
-def test_a_prompt_reads_as_the_published_template_has_it(model):
-    """Default system prompt, two images, the text, and how far the template begins the answer itself."""
+def test_a_prompt_equals_that_of_the_published_template(model):
+    """The default system prompt, two images, the text, and the opening of the completion if there is one."""
     policy = load_policy(str(model), load_in_4bit=False)
-    item = encode(policy.processor, "Where?", noise((56, 56), 0), crop=noise((112, 112), 1))
-    text, pad = policy.processor.tokenizer.decode(item.input_ids), "<|image_pad|>"
+    prompt = encode(policy.processor, "Where?", noise((56, 56), 0), crop=noise((112, 112), 1))
+    text, pad = policy.processor.tokenizer.decode(prompt.input_ids), "<|image_pad|>"
     parts = text.replace(pad, "").split("<|vision_start|>")
-    system = families.SYSTEM.get(model.name[:7])
-    expected = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    system_prompt = families.SYSTEM.get(model.name[:7])
+    system_turn = f"<|im_start|>system\n{system_prompt}<|im_end|>\n" if system_prompt else ""
     end = "<|vision_end|>Where?<|im_end|>\n<|im_start|>assistant\n"
-    begun = "<think>\n" if model.name.endswith("Thinking") else ""
-    assert parts[0] == f"{expected}<|im_start|>user\n"
-    assert parts[1] == "<|vision_end|>" and text.count(pad) == int(item.mm_token_type_ids.sum())
-    assert parts[2] == end + begun
-    assert policy.processor.family.opening == begun
-    stops = {policy.processor.tokenizer.decode([i]) for i in policy.stop_ids}
-    assert stops == {"<|im_end|>", "<|endoftext|>"}, "generation_config names two"
+    opening = "<think>\n" if model.name.endswith("Thinking") else ""
+    assert parts[0] == f"{system_turn}<|im_start|>user\n"
+    assert parts[1] == "<|vision_end|>" and text.count(pad) == int(prompt.mm_token_type_ids.sum())
+    assert parts[2] == end + opening
+    assert policy.processor.family.opening == opening
+    stop_tokens = {policy.processor.tokenizer.decode([i]) for i in policy.stop_ids}
+    assert stop_tokens == {"<|im_end|>", "<|endoftext|>"}, "the two that generation_config names"
 
 
-def test_the_row_of_a_family():
-    """By its own folder's name, and MiMo-VL by its vocabulary wherever its folder went."""
-    thinks = {
-        name: read_family(str(families.FOLDER / name))[1].max_new_tokens for name in families.PARAMETERS
-    }
-    assert {name for name, longest in thinks.items() if longest > 256} == {
-        "Qwen3-VL-4B-Thinking",
-        "MiMo-VL-7B-RL",
-    }
-    for name in families.PARAMETERS:
-        frame = read_family(str(families.FOLDER / name))[1].box_frame
-        assert frame == ("relative1000" if name.startswith("Qwen3") else "resized")
+def test_a_published_model_gets_the_settings_of_its_family():
+    rows = {name: read_family(str(families.FOLDER / name))[1] for name in families.PARAMETERS}
+    thinking = {name for name, family in rows.items() if family.max_new_tokens > 256}
+    assert thinking == {"Qwen3-VL-4B-Thinking", "MiMo-VL-7B-RL"}
+    for name, family in rows.items():
+        assert family.box_frame == ("relative1000" if name.startswith("Qwen3") else "resized")
 
 
 def test_a_renamed_folder_keeps_its_family(tmp_path):
-    mimo = families.settings("MiMo-VL-7B-RL", tmp_path / "one", miniature=True, vocab_size=151_680)
+    """MiMo-VL is recognised by its vocabulary, a Thinking model by its chat template."""
+    mimo = families.settings("MiMo-VL-7B-RL", tmp_path / "renamed", miniature=True, vocab_size=151_680)
     assert read_family(str(mimo))[1].max_new_tokens == 1024
-    folder = families.settings("Qwen3-VL-4B-Thinking", tmp_path / "two", miniature=True)
+    folder = families.settings("Qwen3-VL-4B-Thinking", tmp_path / "also renamed", miniature=True)
     policy = load_policy(str(families.random_weights(folder)), load_in_4bit=False)
     assert policy.processor.family.max_new_tokens == 1024, "the chat template opens with <think>"
 
 
-def test_flags_win_over_the_row():
+def test_flags_override_the_settings_of_the_family():
     _, family = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
     cfg, origin = resolve({"lr": 2e-5, "crop_pixels": 50_000, "gradient_checkpointing": False}, family)
-    assert (cfg.lr, cfg.crop_pixels, cfg.gradient_checkpointing, cfg.prompts, cfg.micro_batch) == (
-        2e-5,
-        50_000,
-        False,
-        8,
-        1,
-    )
+    assert (cfg.lr, cfg.crop_pixels, cfg.gradient_checkpointing) == (2e-5, 50_000, False)
+    assert (cfg.prompts, cfg.micro_batch) == (8, 1)
     assert {origin[name] for name in ("lr", "crop_pixels", "gradient_checkpointing")} == {"flag"}
     assert {origin[name] for name in ("prompts", "micro_batch", "image_pixels")} == {"model family"}
 
 
 @pytest.mark.parametrize("name", families.PARAMETERS)
-def test_the_settings_are_of_the_published_size(name):
+def test_a_config_has_the_published_number_of_parameters(name):
     model = dry_run.empty_model(AutoConfig.from_pretrained(families.FOLDER / name))
     assert sum(parameter.numel() for parameter in model.parameters()) == families.PARAMETERS[name]
 
 
-def test_predicted_weights_are_those_that_are_loaded(model):
-    """Byte by byte: quantised, in 16 bits, of the adapter."""
+def test_the_predicted_bytes_of_weights_equal_those_of_a_loaded_model(model):
+    """By part: quantised text layers, other weights in 16 bits, and the adapter."""
     _, family = read_family(str(model))
     policy = add_lora(load_policy(str(model), load_in_4bit=True, dtype=torch.bfloat16), 4)
     predicted = dry_run.weights(dry_run.empty_model(policy.base_model.config), family, True, 4)
     loaded = {"text layers": 0, "other weights": 0, "adapter": 0}
     for name, weight in policy.model.named_parameters():
-        layer = "language_model" in name and ".layers." in name
-        kind = "adapter" if "lora_" in name else "text layers" if layer else "other weights"
-        loaded[kind] += weight.nbytes
+        in_layer = "language_model" in name and ".layers." in name
+        part = "adapter" if "lora_" in name else "text layers" if in_layer else "other weights"
+        loaded[part] += weight.nbytes
         if (state := getattr(weight, "quant_state", None)) is not None:
-            loaded[kind] += state.absmax.nbytes + state.state2.absmax.nbytes
+            loaded[part] += state.absmax.nbytes + state.state2.absmax.nbytes
     assert predicted["other weights"] == loaded["other weights"]
     assert predicted["adapter"] == loaded["adapter"]
     assert predicted["text layers"] == pytest.approx(loaded["text layers"], rel=0.01)
 
 
-def test_a_dry_run_without_a_gpu_says_that_it_predicts(monkeypatch, capsys):
+def test_a_dry_run_without_a_gpu_says_that_its_figures_are_predicted(monkeypatch, capsys):
     name = str(families.FOLDER / "Qwen2.5-VL-7B-Instruct")
     flags = ["--dry-run", "--image-pixels", "307200", "--crop-pixels", "40000"]
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", "--model", name, *flags])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     locus_mini.main()
-    said = capsys.readouterr().out
-    assert "Predicted, not measured" in said and "If it does not fit: lower --" in said
-    peaks = [float(number) for number in re.findall(r"^\w.{13} +(\d+\.\d+)  ", said, re.MULTILINE)]
+    out = capsys.readouterr().out
+    assert "Predicted, not measured" in out and "If it does not fit: lower --" in out
+    peaks = [float(number) for number in re.findall(r"^\w.{13} +(\d+\.\d+)  ", out, re.MULTILINE)]
     assert len(peaks) == 4 and 6 < min(peaks) < max(peaks) < 16, "of 7B: the weights alone are 7 GB"
 
 
-def test_less_is_predicted_where_a_flag_asks_for_less():
+def test_flags_that_lower_or_raise_the_memory_change_the_prediction():
     config, family = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
     model = dry_run.empty_model(config)
 
-    def peak(**flags) -> int:
-        found = dry_run.predict(model, resolve(flags, family)[0], family)
-        return sum(sum(parts.values()) for parts in found.values())
+    def predicted_bytes(**flags) -> int:
+        predicted = dry_run.predict(model, resolve(flags, family)[0], family)
+        return sum(sum(parts.values()) for parts in predicted.values())
 
-    usual = peak()
-    for less in (
+    default = predicted_bytes()
+    for flags in (
         dict(max_new_tokens=128),
         dict(num_generations=4),
         dict(image_pixels=300_000),
         dict(lora_rank=4),
         dict(rollout_batch=4),
     ):
-        assert peak(**less) < usual, less
-    for more in (dict(micro_batch=4), dict(gradient_checkpointing=False), dict(load_in_4bit=False)):
-        assert peak(**more) > usual, more
+        assert predicted_bytes(**flags) < default, flags
+    for flags in (dict(micro_batch=4), dict(gradient_checkpointing=False), dict(load_in_4bit=False)):
+        assert predicted_bytes(**flags) > default, flags
 
 
 @pytest.mark.parametrize("phase", memory.LOWER)
-def test_memory_that_runs_out_is_one_sentence(phase):
-    """A true failure of the allocator, not one of ours."""
+def test_running_out_of_memory_ends_with_one_sentence(phase):
+    """The allocator itself fails; the test raises nothing."""
     with pytest.raises(UserError, match=f"'{phase}'.*: {memory.LOWER[phase][:8]}"), memory.phase(phase):
         torch.empty(2**60, dtype=torch.uint8)
 
 
-def test_other_errors_of_a_phase_stay_what_they_are():
+def test_other_errors_in_a_phase_are_raised_unchanged():
     with pytest.raises(RuntimeError, match="size"), memory.phase("rollout"):
         torch.zeros(2) + torch.zeros(3)
 
 
-def test_half_precision_learns_what_full_precision_does(model):
-    """float16, for cards without bf16: gradients that would vanish are kept by a scale."""
-    found = []
+def test_float16_gradients_equal_those_of_float32(model):
+    """float16 is for cards without bf16; without the loss scale, the smallest gradients would be 0."""
+    gradients = []
     for dtype in (torch.float32, torch.float16):
         policy = add_lora(load_policy(str(model), load_in_4bit=False, dtype=dtype), 4)
         for name, weight in policy.model.named_parameters():
@@ -231,17 +222,17 @@ def test_half_precision_learns_what_full_precision_does(model):
                 torch.manual_seed(len(name))
                 nn.init.normal_(weight, std=0.02)
         cfg = replace(resolve({"beta": 0.0}, policy.processor.family)[0], max_grad_norm=1e9)
-        item = encode(policy.processor, "Where?", noise((112, 84), 0))
-        batch = collate(policy, [item])
+        prompt = encode(policy.processor, "Where?", noise((112, 84), 0))
+        batch = collate(policy, [prompt])
         generator = torch.Generator(policy.device).manual_seed(0)
         rollouts = rollout(policy, batch, 2, 6, generator)
         rollouts.tokens[:] = torch.arange(100, 100 + rollouts.tokens.numel()).view(rollouts.tokens.shape)
         rollouts.mask[:] = True
         advantages = torch.tensor([[1e-5, 2e-5]], device=policy.device)
-        trained = [p for p in policy.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.0)
+        trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trainable_params, lr=0.0)
         locus_mini.optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], cfg, sft_loss)
-        found.append(torch.cat([p.grad.flatten() for p in trained]))
-    full, half = found
+        gradients.append(torch.cat([p.grad.flatten() for p in trainable_params]))
+    full, half = gradients
     assert torch.cosine_similarity(full, half, dim=0) > 0.99
     assert half.norm() == pytest.approx(full.norm().item(), rel=0.05)

@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from names import check_names, names_in
 
 from training.settings import Config
 
@@ -79,6 +80,11 @@ def test_lines_and_functions_are_short(name):
     for node in ast.walk(ast.parse(CODE[name])):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+def test_names_in_the_root_files_are_whole_words():
+    """The same check as `python tests/names.py`, which also prints the names."""
+    assert check_names(set().union(*(names_in(CODE[name]) for name in SEVEN))) == []
 
 
 @pytest.mark.parametrize("name", MODULES)

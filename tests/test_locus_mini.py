@@ -1,4 +1,4 @@
-"""The loss against hand-written closed forms in float64, and what must not change the gradient."""
+"""GRPO: the loss against its formulas in plain Python, and what must not change the gradient."""
 
 import math
 from dataclasses import replace
@@ -22,8 +22,8 @@ from policy import collate, rollout, token_logps
 CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
 
 
-def by_hand(logps, old, ref, advantages, mask, cfg: Config) -> float:
-    """The same loss with Python floats: loops, no tensors, the formulas of the papers."""
+def loss_in_python(logps, old, ref, advantages, mask, cfg: Config) -> float:
+    """The loss by the formulas of the papers, with loops over Python floats."""
     B, G, T = mask.shape
     lengths = [[int(mask[b, g].sum()) for g in range(G)] for b in range(B)]
     total = 0.0
@@ -49,7 +49,7 @@ def by_hand(logps, old, ref, advantages, mask, cfg: Config) -> float:
 
 
 def example(seed: int = 0, B: int = 3, G: int = 4, T: int = 6):
-    """Ratios from 0.3 to 5 on both signs of the advantage, answers of different lengths, one flat group."""
+    """Ratios from 0.3 to 5, both signs of the advantage, several lengths, and a group of equal rewards."""
     generator = torch.Generator().manual_seed(seed)
     logps = -3 * torch.rand(B, G, T, generator=generator, dtype=torch.float64)
     old = logps + torch.randn(B, G, T, generator=generator, dtype=torch.float64) * 0.6
@@ -57,30 +57,30 @@ def example(seed: int = 0, B: int = 3, G: int = 4, T: int = 6):
     lengths = torch.randint(1, T + 1, (B, G), generator=generator)
     mask = torch.arange(T) < lengths[..., None]
     rewards = torch.rand(B, G, generator=generator, dtype=torch.float64)
-    rewards[-1] = 0.7  # a group without variance stays in the denominator, and keeps its KL
+    rewards[-1] = 0.7  # a group of equal rewards stays in the denominator and keeps its KL
     return logps, old, ref, group_advantages(rewards), mask
 
 
-def weights_of(mask, cfg: Config):
-    answers = mask.shape[0] * mask.shape[1]
-    return token_weights(mask.double(), cfg.loss, float(mask.sum()), answers, cfg.max_new_tokens)
+def loss_weights(mask, cfg: Config):
+    num_completions = mask.shape[0] * mask.shape[1]
+    return token_weights(mask.double(), cfg.loss, float(mask.sum()), num_completions, cfg.max_new_tokens)
 
 
 @pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("kl", [0.0, 0.05])
+@pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("seed", range(4))
-def test_loss_equals_the_closed_form(loss, kl, seed):
+def test_the_loss_equals_its_formula(loss, beta, seed):
     logps, old, ref, advantages, mask = example(seed)
-    cfg = replace(CFG, loss=loss, beta=kl)
-    value, _ = grpo_loss(logps, old, ref if kl else None, advantages, weights_of(mask, cfg), cfg)
-    assert value.item() == pytest.approx(by_hand(logps, old, ref, advantages, mask, cfg), abs=1e-12)
+    cfg = replace(CFG, loss=loss, beta=beta)
+    value, _ = grpo_loss(logps, old, ref if beta else None, advantages, loss_weights(mask, cfg), cfg)
+    assert value.item() == pytest.approx(loss_in_python(logps, old, ref, advantages, mask, cfg), abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
     [
         (1.0, 2.0, 2.0),
-        (1.25, 2.0, 2.5),  # inside the band: untouched
+        (1.25, 2.0, 2.5),  # inside the clip range: unchanged
         (1.5, 2.0, 2.6),  # above, A > 0: clipped at 1.3
         (0.5, 2.0, 1.0),  # below, A > 0: the pessimistic side, not clipped
         (0.5, -2.0, -1.6),  # below, A < 0: clipped at 0.8
@@ -88,20 +88,20 @@ def test_loss_equals_the_closed_form(loss, kl, seed):
         (10.0, -2.0, -6.0),  # far above, A < 0: dual clip at 3
     ],
 )
-def test_each_side_of_the_clip(ratio, advantage, expected):
+def test_each_side_of_the_clip_range(ratio, advantage, expected):
     logps = torch.tensor([[[math.log(ratio)]]], dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(1, 1, 1, dtype=torch.float64)
-    loss, stats = grpo_loss(logps, zero, None, torch.tensor([[advantage]]), torch.ones(1, 1, 1), CFG)
+    old = torch.zeros(1, 1, 1, dtype=torch.float64)
+    loss, stats = grpo_loss(logps, old, None, torch.tensor([[advantage]]), torch.ones(1, 1, 1), CFG)
     assert -loss.item() == pytest.approx(expected, abs=1e-12)
     loss.backward()
-    moves = ratio in (1.0, 1.25) or (ratio, advantage) in ((0.5, 2.0), (1.5, -2.0))
-    slope = -ratio * advantage if moves else 0.0
-    assert logps.grad.item() == pytest.approx(slope, abs=1e-12)
+    has_gradient = ratio in (1.0, 1.25) or (ratio, advantage) in ((0.5, 2.0), (1.5, -2.0))
+    gradient = -ratio * advantage if has_gradient else 0.0
+    assert logps.grad.item() == pytest.approx(gradient, abs=1e-12)
     assert stats["clip_ratio"].item() == (expected in (2.6, -1.6))
 
 
-def test_k3_is_the_kl_in_expectation():
-    """E over samples of exp(d) − d − 1 is KL(π ‖ ref): summed over a whole vocabulary it is exact."""
+def test_the_expectation_of_k3_is_the_kl():
+    """E[exp(d) − d − 1] = KL(π ‖ ref); a sum over the vocabulary computes the expectation exactly."""
     torch.manual_seed(0)
     policy = (0.5 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
     ref = (0.5 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
@@ -125,14 +125,14 @@ def test_k3_stays_finite_far_from_the_reference():
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1.0, 1e-7])
-@pytest.mark.parametrize("group", [2, 3, 7, 8])
-def test_equal_rewards_have_advantage_exactly_zero(value, group):
-    rewards = torch.full((2, group), value)
+@pytest.mark.parametrize("num_generations", [2, 3, 7, 8])
+def test_equal_rewards_have_advantages_of_exactly_zero(value, num_generations):
+    rewards = torch.full((2, num_generations), value)
     for loss in ("token_mean", "dr_grpo"):
-        assert torch.equal(group_advantages(rewards, loss), torch.zeros(2, group))
+        assert torch.equal(group_advantages(rewards, loss), torch.zeros(2, num_generations))
 
 
-def test_advantages_by_hand():
+def test_advantages_equal_their_formula():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     first = [(r - 3) / (math.sqrt(14 / 3) + 1e-6) for r in (1, 2, 3, 6)]
     second = [(r - 0.25) / (0.5 + 1e-6) for r in (0, 0, 0, 1)]
@@ -140,8 +140,8 @@ def test_advantages_by_hand():
     assert group_advantages(rewards, "dr_grpo")[0].tolist() == [-2.0, -1.0, 0.0, 3.0]
 
 
-def test_groups_do_not_mix():
-    """Shifting or scaling one group's rewards leaves the other's advantages alone."""
+def test_the_rewards_of_a_group_do_not_change_the_advantages_of_another():
+    """Nor does shifting or scaling them change its own."""
     rewards = torch.rand(2, 5, dtype=torch.float64)
     changed = torch.stack([rewards[0], 10 * rewards[1] + 3])
     assert torch.equal(group_advantages(rewards)[0], group_advantages(changed)[0])
@@ -149,7 +149,7 @@ def test_groups_do_not_mix():
 
 
 class NoStep:
-    """An optimizer that only holds the parameters, so that the gradients stay to be looked at."""
+    """An optimizer that changes nothing, so that a test can read the gradients."""
 
     def __init__(self, parameters):
         self.param_groups = [{"params": parameters, "lr": 0.0}]
@@ -163,17 +163,17 @@ class NoStep:
 
 
 def gradients(policy, batch, rollouts, advantages, cfg: Config, old) -> list[torch.Tensor]:
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    (rows,) = micro_batch_slices(cfg)
-    passes = [(collate(policy, batch.prompts[r]), rollouts.select(r), advantages[r], old[r]) for r in rows]
-    optimizer_step(policy, NoStep(trained), passes, cfg)
-    return [p.grad.clone() for p in trained]
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    (slices,) = micro_batch_slices(cfg)
+    parts = [(collate(policy, batch.prompts[s]), rollouts.select(s), advantages[s], old[s]) for s in slices]
+    optimizer_step(policy, NoStep(trainable_params), parts, cfg)
+    return [p.grad.clone() for p in trainable_params]
 
 
 @pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("kl", [0.0, 0.05])
-def test_micro_batch_size_does_not_change_the_gradient(loss, kl):
-    """4 prompts in passes of 4, 2 and 1, one group of them without variance; ratios away from 1."""
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_micro_batch_size_does_not_change_the_gradient(loss, beta):
+    """4 prompts in passes of 4, 2 and 1; one group has equal rewards, and the ratios are not 1."""
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 4))
@@ -184,41 +184,40 @@ def test_micro_batch_size_does_not_change_the_gradient(loss, kl):
     old = token_logps(policy, batch, rollouts.tokens, rollouts.mask).detach() + 0.1 * torch.randn(
         rollouts.mask.shape
     )
-    cfg = replace(CFG, loss=loss, beta=kl, max_grad_norm=1e9)
-    whole = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=4), old)
-    assert max(g.abs().max() for g in whole) > 1e-4
+    cfg = replace(CFG, loss=loss, beta=beta, max_grad_norm=1e9)
+    expected = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=4), old)
+    assert max(g.abs().max() for g in expected) > 1e-4
     for size in (2, 1):
-        parts = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=size), old)
-        for ours, theirs in zip(parts, whole, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-6)
+        accumulated = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=size), old)
+        for gradient, expected_gradient in zip(accumulated, expected, strict=True):
+            assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
 
-def test_updates_split_a_rollout_and_micro_batches_split_an_update():
+def test_a_rollout_is_split_into_updates_and_an_update_into_micro_batches():
     cfg = replace(CFG, prompts=12, updates=3, micro_batch=3)
-    rows = [[list(range(12))[r] for r in share] for share in micro_batch_slices(cfg)]
-    assert rows == [[[0, 1, 2], [3]], [[4, 5, 6], [7]], [[8, 9, 10], [11]]]
+    updates = [[list(range(12))[s] for s in slices] for slices in micro_batch_slices(cfg)]
+    assert updates == [[[0, 1, 2], [3]], [[4, 5, 6], [7]], [[8, 9, 10], [11]]]
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
+def test_a_gradient_that_is_not_finite_changes_no_weight():
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 2))
     rollouts = rollout(policy, batch, 2, 6, torch.Generator().manual_seed(0))
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1)
-    before = [p.detach().clone() for p in trained]
-    bad = torch.tensor([[float("inf"), 1.0], [0.0, 1.0]])
-    stats = optimizer_step(policy, optimizer, [(batch, rollouts, bad, None)], CFG)
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, lr=0.1)
+    before = [p.detach().clone() for p in trainable_params]
+    infinite = torch.tensor([[float("inf"), 1.0], [0.0, 1.0]])
+    stats = optimizer_step(policy, optimizer, [(batch, rollouts, infinite, None)], CFG)
     assert stats["skipped"] == 1
-    assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
-    good = optimizer_step(
-        policy, optimizer, [(batch, rollouts, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), None)], CFG
-    )
-    assert good["skipped"] == 0
-    assert not all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(trainable_params, before, strict=True))
+    finite = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+    stats = optimizer_step(policy, optimizer, [(batch, rollouts, finite, None)], CFG)
+    assert stats["skipped"] == 0
+    assert not all(torch.equal(p, b) for p, b in zip(trainable_params, before, strict=True))
 
 
-def test_learning_rate_moves_in_the_first_step_and_never_after_the_last():
+def test_the_learning_rate_is_positive_in_every_step_and_decays_to_0():
     cfg = replace(CFG, steps=100, warmup=0.1, lr=1.0, decay="linear")
     rates = [learning_rate(step, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -228,13 +227,13 @@ def test_learning_rate_moves_in_the_first_step_and_never_after_the_last():
     assert [learning_rate(step, constant) for step in (0, 9, 50, 99)] == [pytest.approx(0.1), 1, 1, 1]
 
 
-def test_one_step_raises_the_probability_of_the_better_answer():
+def test_a_step_raises_the_probability_of_the_better_completion():
     policy = with_adapter(random_policy("qwen3_vl"))
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 1))
     rollouts = rollout(policy, batch, 4, 8, torch.Generator().manual_seed(0))
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, lr=3e-3)
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     before = token_logps(policy, batch, rollouts.tokens, rollouts.mask).sum(-1)[0]
     optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], replace(CFG, beta=0.0))

@@ -1,25 +1,41 @@
-"""The notebooks: run to the end, in order, with their outputs, on the modules and nothing of their own."""
+"""The notebooks: executed from top to bottom, in order, with their outputs, on the modules' own functions."""
 
 import ast
 import json
 import os
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from training.settings import Config
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = [path for path in ROOT.glob("*.py")]
+WINGS = ("files", "training", "evaluation", "tiny", "paper", "scale")
+MODULES = [*ROOT.glob("*.py"), *(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))]
 
 
-def cells(path: Path) -> list[dict]:
-    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+def cells(path: Path, cell_type: str = "code") -> list[dict]:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == cell_type]
+
+
+def source(cell: dict) -> str:
+    """A cell's text without IPython's own commands, which Python cannot parse."""
+    return "".join(line for line in cell["source"] if not line.startswith("%"))
 
 
 def defined(code: str) -> set[str]:
-    plain = "".join(line for line in code.splitlines(keepends=True) if not line.startswith("%"))
-    body = ast.parse(plain).body
+    body = ast.parse(code).body
     return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def names_in(code: str) -> set[str]:
+    """Every name of a piece of code, and every string."""
+    values = (value for node in ast.walk(ast.parse(code)) for _, value in ast.iter_fields(node))
+    return {value for value in values if isinstance(value, str)}
 
 
 def test_there_are_five():
@@ -28,11 +44,11 @@ def test_there_are_five():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_committed_as_it_ran(path):
-    assert path.stat().st_size < 1.5e6
+    assert path.stat().st_size < 0.7e6
     assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3"
-    found = cells(path)
-    assert [cell["execution_count"] for cell in found] == list(range(1, len(found) + 1))
-    outputs = [output for cell in found for output in cell["outputs"]]
+    code_cells = cells(path)
+    assert [cell["execution_count"] for cell in code_cells] == list(range(1, len(code_cells) + 1))
+    outputs = [output for cell in code_cells for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no picture"
     for folder in ("/work/", "/tmp/", "/root/", "/home/"):
@@ -41,17 +57,37 @@ def test_a_notebook_is_committed_as_it_ran(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_defines_nothing_that_a_module_has(path):
-    theirs = set().union(*(defined(module.read_text(encoding="utf-8")) for module in MODULES))
-    mine = set().union(*(defined("".join(cell["source"])) for cell in cells(path)))
-    assert not mine & theirs
+    in_modules = set().union(*(defined(module.read_text(encoding="utf-8")) for module in MODULES))
+    in_notebook = set().union(*(defined(source(cell)) for cell in cells(path)))
+    assert not in_notebook & in_modules
 
 
-def test_all_begin_alike_and_have_a_solution():
-    begun = {"".join(cells(path)[0]["source"]) for path in NOTEBOOKS}
-    assert len(begun) == 1 and "google.colab" in begun.pop()
-    for path in NOTEBOOKS:
-        tags = [cell["metadata"].get("tags", []) for cell in cells(path)]
-        assert ["solution"] in tags, path.name
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_text_names_what_exists(path):
+    """A name, a flag or a Python file in `backticks` is one of the modules or of the notebook itself."""
+    codes = [module.read_text(encoding="utf-8") for module in MODULES] + [source(c) for c in cells(path)]
+    existing_names = set().union(*map(names_in, codes)) | {module.stem for module in MODULES} | {"None"}
+    flags = {f"--{field.name.replace('_', '-')}" for field in fields(Config)} | {"--dry-run", "--resume"}
+    for span in re.findall(r"(?<!`)`([^`\n]+)`", "\n".join(source(c) for c in cells(path, "markdown"))):
+        if span.startswith("--"):
+            assert span.split()[0] in flags, span
+        elif re.fullmatch(r"[\w/]+\.py", span):
+            assert (ROOT / span).is_file(), span
+        elif not span.endswith((".json", ".txt")) and re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span):
+            assert set(span.partition("(")[0].split(".")) <= existing_names, span
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_title_has_the_number_and_the_solution_is_folded(path):
+    assert source(cells(path, "markdown")[0]).startswith(f"# {path.name[0]} · ")
+    solutions = [cell["metadata"] for cell in cells(path) if "solution" in cell["metadata"].get("tags", [])]
+    assert solutions and all(metadata["jupyter"]["source_hidden"] for metadata in solutions)
+    assert any(source(c).startswith("<details><summary>Solution</summary>") for c in cells(path, "markdown"))
+
+
+def test_all_start_with_the_same_cell():
+    first_cells = {source(cells(path)[0]) for path in NOTEBOOKS}
+    assert len(first_cells) == 1 and "google.colab" in first_cells.pop()
 
 
 @pytest.mark.notebooks
@@ -60,5 +96,5 @@ def test_a_notebook_runs_from_top_to_bottom(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    ways = dict(timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
-    nbclient.NotebookClient(notebook, **ways).execute()
+    kwargs = dict(timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    nbclient.NotebookClient(notebook, **kwargs).execute()

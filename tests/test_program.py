@@ -1,6 +1,8 @@
-"""The real programs, run small, on the embedded model of the repository."""
+"""The programs themselves, in small runs of the embedded model."""
 
+import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+import eval as eval_module
 import locus_mini
 from data import CueConfig, scene_cues
 from evaluation.reply_cache import generate_replies
@@ -18,6 +21,8 @@ from files.errors import UserError
 from models import load_adapter, load_policy
 from prompts import FAMILIES, encode
 from tiny import scenes
+from training.experiment import eval_commands
+from training.run_folder import write_config
 from training.settings import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +36,14 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """One small run of the main program, from another folder, as a user would start it."""
+    """One small run of the main program, started from another folder as a user would."""
     folder = tmp_path_factory.mktemp("run")
     done = launch("locus_mini.py", "--out", "first", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "first", done
 
 
-def test_a_run_leaves_what_the_readme_promises(run):
+def test_a_run_writes_the_files_that_the_readme_names(run):
     folder, done = run
     for name in ("config.json", "metrics.jsonl", "results.json", "before_after.png", "group.png"):
         assert (folder / name).stat().st_size > 0, name
@@ -50,42 +55,33 @@ def test_a_run_leaves_what_the_readme_promises(run):
     assert config["versions"]["torch"] == torch.__version__
 
 
-def test_metrics_hold_one_line_a_step(run):
+def test_metrics_have_one_line_per_step(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    expected = {
-        "reward",
-        "iou",
-        "format",
-        "kl",
-        "clip_ratio",
-        "rollout_gap",
-        "grad_norm",
-        "skipped",
-        "completions/mean_length",
-    }
-    expected |= {"step", "completions/clipped_ratio", "frac_reward_zero_std", "lr", "seconds", "loss"}
+    expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "rollout_gap", "grad_norm"}
+    expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
+    expected |= {"skipped", "lr", "seconds"}
     for line in lines:
         assert set(line) == expected
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
         assert line["rollout_gap"] < 1e-3 and line["skipped"] == 0
     assert lines[0]["kl"] == 0, "the first step starts at the reference"
-    moved = [line["grad_norm"] > 0 for line in lines]
-    assert any(moved[:2]), "no group of the first steps taught anything"
-    assert [line["kl"] > 0 for line in lines[1:]] == [moved[0], any(moved[:2])]
-    assert lines[0]["clip_ratio"] == 0, "one update a rollout is on policy"
+    updated = [line["grad_norm"] > 0 for line in lines]
+    assert any(updated[:2]), "no group of the first steps had different rewards"
+    assert [line["kl"] > 0 for line in lines[1:]] == [updated[0], any(updated[:2])]
+    assert lines[0]["clip_ratio"] == 0, "with one update per rollout the ratio is 1"
 
 
-def test_results_have_their_shape(run):
+def test_results_have_their_keys(run):
     results = json.loads((run[0] / "results.json").read_text())
     for when in ("before", "after"):
         cue = {"mean_iou", "mean_iou_parsed", "acc50", "acc75", "right_object", "parse_rate", "format", "n"}
         assert set(results[when]["cue"]) == cue and results[when]["cue"]["n"] == 6
         assert set(results[when]["find"]) == {"mean_iou", "right_object", "n"}
         for name in ("questions", "suppressed"):
-            asked = results[when][name]
-            assert set(asked) == {"accuracy", "n", "by_objects", "by_size", "by_kind"} and asked["n"] == 12
-            assert set(asked["by_kind"]) == {"attribute", "place"}
+            summary = results[when][name]
+            assert set(summary) == {"accuracy", "n", "by_objects", "by_size", "by_kind"}
+            assert summary["n"] == 12 and set(summary["by_kind"]) == {"attribute", "place"}
     assert {"whole_image", "centre_box", "name_then_find"} <= set(results["baselines"])
     assert results["seed"] == 0 and results["settings"]["num_generations"] == 8
     assert set(results["change"]["cue"]) == {"change", "standard_error", "n"}
@@ -102,32 +98,71 @@ def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
     assert metrics(folder) == metrics(again)
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (again / name).read_bytes()
-    both = [json.loads((path / "results.json").read_text()) for path in (folder, again)]
-    assert both[0]["after"] == both[1]["after"] and both[0]["before"] == both[1]["before"]
+    first, second = (json.loads((path / "results.json").read_text()) for path in (folder, again))
+    assert first["after"] == second["after"] and first["before"] == second["before"]
 
 
 def test_the_adapter_loads_in_plain_transformers(run):
-    """One image, one question, nothing of ours but the words of the prompt; then the merged model."""
+    """One image and one question, with no code of ours but the prompt; then the same with merged weights."""
     folder, tokenizer = ROOT / "tiny/model", AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), run[0] / "adapter")
     cue = scene_cues(CueConfig(), "heldout", 5)[0]
     question = scenes.questions(cue.scene)[0].text
-    picture = AutoImageProcessor.from_pretrained(folder)(cue.image, return_tensors="pt")
+    image = AutoImageProcessor.from_pretrained(folder)(cue.image, return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    cells = int(picture["image_grid_thw"].prod()) // 4
-    inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * cells), return_tensors="pt")
+    num_tokens = int(image["image_grid_thw"].prod()) // 4
+    inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * num_tokens), return_tensors="pt")
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
-    ways = dict(max_new_tokens=40, do_sample=False)
-    plain = model.eval().generate(**inputs, **picture, **ways)
+    kwargs = dict(max_new_tokens=40, do_sample=False)
+    plain = model.eval().generate(**inputs, **image, **kwargs)
     length = inputs["input_ids"].shape[1]
     ours = load_adapter(load_policy("tiny", load_in_4bit=False), run[0] / "adapter")
     expected, _ = next(generate_replies(ours, [encode(ours.processor, question, cue.image)], 40))
     assert tokenizer.decode(plain[0, length:], skip_special_tokens=True) == expected
-    merged = model.merge_and_unload().generate(**inputs, **picture, **ways)
+    merged = model.merge_and_unload().generate(**inputs, **image, **kwargs)
     assert tokenizer.decode(merged[0, length:], skip_special_tokens=True) == expected
+
+
+def printed_flags(stdout: str, task: str, monkeypatch) -> argparse.Namespace:
+    """The flags of the one eval.py command for a task that a run prints at its end, as eval.py reads them."""
+    (line,) = (line for line in stdout.splitlines() if line.startswith(f"python eval.py {task} "))
+    monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+    return eval_module.read_flags()
+
+
+def test_a_run_prints_the_commands_that_evaluate_it(run, monkeypatch):
+    folder, done = run
+    monkeypatch.chdir(folder.parent)
+    flags = printed_flags(done.stdout, "scenes", monkeypatch)
+    assert (flags.task, flags.model, flags.adapter) == ("scenes", "tiny", Path("first/adapter"))
+    Path("docs").mkdir()
+    Path("docs/scene.png").touch()
+    flags = printed_flags(done.stdout, "ask", monkeypatch)
+    assert (flags.question, flags.adapter) == ("Where is the red star?", Path("first/adapter"))
+
+
+def test_the_printed_command_repeats_the_flags_of_the_run(tmp_path, monkeypatch):
+    """A run on COCO with a model folder, in a folder whose name needs quotes."""
+    folder, annotations = tmp_path / "my run", tmp_path / "my annotations.json"
+    for name in ("adapter", "model", "images"):
+        (folder / name).mkdir(parents=True)
+    annotations.touch()
+    flags = {
+        "model": str(folder / "model"),
+        "load_in_4bit": False,
+        "data": "coco",
+        "annotations": annotations,
+    }
+    flags |= {"images": folder / "images"}
+    cfg, origin = resolve(flags, FAMILIES["qwen3_vl"])
+    write_config(folder, None, cfg, origin, {})
+    (command,) = eval_commands(folder)
+    found = printed_flags(command, "cues", monkeypatch)
+    assert {name: getattr(found, name) for name in flags} == flags
+    assert found.adapter == folder / "adapter" and found.box_frame is None
 
 
 def test_eval_scores_an_adapter_before_and_after(run, tmp_path):
@@ -141,7 +176,7 @@ def test_eval_scores_an_adapter_before_and_after(run, tmp_path):
 
 
 def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    """The main program's exit code and what it says on stderr, without the seconds of a new process."""
+    """The main program's exit code and its stderr, without the seconds that a new process takes."""
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         locus_mini.main()
@@ -174,24 +209,24 @@ def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 )
 def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, names, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, said = in_process(monkeypatch, capsys, *arguments)
+    code, stderr = in_process(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert names in said and "Traceback" not in said
+    assert names in stderr and "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == [], "wrong use left a folder behind"
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run, monkeypatch, capsys):
     before = (run[0] / "results.json").read_bytes()
-    code, said = in_process(monkeypatch, capsys, "--out", str(run[0]), *SMALL)
-    assert code == 2 and "already holds a run" in said
+    code, stderr = in_process(monkeypatch, capsys, "--out", str(run[0]), *SMALL)
+    assert code == 2 and "already holds a run" in stderr
     assert (run[0] / "results.json").read_bytes() == before
 
 
-def test_a_wrong_frame_is_found_by_the_base_answers(monkeypatch, capsys, tmp_path):
-    """The embedded model answers in thousandths; told otherwise, the base evaluation stops and says so."""
+def test_a_wrong_frame_is_found_by_the_boxes_of_the_base_model(monkeypatch, capsys, tmp_path):
+    """The embedded model writes boxes relative to 1,000; with another frame the base evaluation refuses."""
     arguments = ("--box-frame", "resized", "--eval-cues", "60", "--out", str(tmp_path / "x"), *SMALL[:6])
-    code, said = in_process(monkeypatch, capsys, *arguments)
-    assert code == 2 and "--box-frame relative1000" in said
+    code, stderr = in_process(monkeypatch, capsys, *arguments)
+    assert code == 2 and "--box-frame relative1000" in stderr
 
 
 @pytest.mark.parametrize("source", ["random", "large", "text"])
@@ -211,7 +246,7 @@ def test_several_updates_and_4bit_train(extra, tmp_path, monkeypatch):
     assert last["skipped"] == 0 and last["grad_norm"] > 0
 
 
-def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
+def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
     for i in range(30):
         cue = scene_cues(CueConfig(), "train", 3)[i]
         cue.image.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
@@ -219,19 +254,15 @@ def test_ones_own_folder_of_images_trains(tmp_path, monkeypatch):
     locus_mini.main()
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["after"]["cue"]["n"] == 6 and "questions" not in results["after"]
+    flags = printed_flags(capsys.readouterr().out, "cues", monkeypatch)
+    assert (flags.data, flags.adapter) == (str(tmp_path), tmp_path / "r" / "adapter")
 
 
 def test_presets_are_flags_that_flags_override():
     family = FAMILIES["tiny"]
     cfg, origin = resolve({"preset": "paper", "num_generations": 4}, family)
-    assert (cfg.lr, cfg.beta, cfg.num_generations, cfg.weight_decay, cfg.warmup, cfg.alpha) == (
-        1e-6,
-        0.01,
-        4,
-        0.01,
-        0.05,
-        0.1,
-    )
+    assert (cfg.lr, cfg.beta, cfg.num_generations) == (1e-6, 0.01, 4)
+    assert (cfg.weight_decay, cfg.warmup, cfg.alpha) == (0.01, 0.05, 0.1)
     assert cfg.prompts // cfg.updates == 128
     assert (origin["lr"], origin["num_generations"], origin["alpha"]) == ("preset paper", "flag", "default")
     with pytest.raises(UserError, match="--clip-low"):

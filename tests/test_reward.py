@@ -1,3 +1,5 @@
+"""The reward: parsing, IoU and format, by hand-worked examples and on texts that try to break it."""
+
 import itertools
 import math
 import random
@@ -8,7 +10,7 @@ import pytest
 from reward import format_reward, iou, parse_box, reward
 
 PERFECT = "<think>top left</think><answer>[10, 20, 50, 60]</answer>"
-WORDS = [
+PIECES = [
     "<think>",
     "</think>",
     "<answer>",
@@ -28,34 +30,37 @@ WORDS = [
 ]
 
 
-def answered(inside: str) -> str:
+def answer_block(inside: str) -> str:
     return f"<think>x</think><answer>{inside}</answer>"
 
 
-def in_front_of_a_box(text: str) -> str:
-    return answered(f"[{text}1, 2, 3, 4]")
+def before_the_numbers(text: str) -> str:
+    return answer_block(f"[{text}1, 2, 3, 4]")
 
 
 def in_a_label(text: str) -> str:
-    return answered(f'[{{"bbox_2d": [1, 2, 3, 4], "label": "{text}')
+    return answer_block(f'[{{"bbox_2d": [1, 2, 3, 4], "label": "{text}')
 
 
-def behind_a_number(text: str) -> str:
-    return answered(f"[1,{text}")
+def after_a_number(text: str) -> str:
+    return answer_block(f"[1,{text}")
 
 
 @pytest.mark.parametrize(
     ("text", "box"),
     [
         (PERFECT, (10, 20, 50, 60)),
-        ("<answer>[1,2,3,4]</answer>", (1, 2, 3, 4)),  # no thought costs the format, not the box
+        (
+            "<answer>[1,2,3,4]</answer>",
+            (1, 2, 3, 4),
+        ),  # without a <think> block: the box counts, the format does not
         ("words [9, 9, 10, 10] <answer>\n [ 1 ,\t2,\n3 , 4 ]\r\n</answer> words", (1, 2, 3, 4)),
-        (answered("[1.5, 2., 3.25, +4]"), (1.5, 2, 3.25, 4)),
-        (answered("[-5, -4, 3, 4]"), (-5, -4, 3, 4)),
-        (answered("[999999998, 0, 999999999, 1]"), (999999998, 0, 999999999, 1)),
+        (answer_block("[1.5, 2., 3.25, +4]"), (1.5, 2, 3.25, 4)),
+        (answer_block("[-5, -4, 3, 4]"), (-5, -4, 3, 4)),
+        (answer_block("[999999998, 0, 999999999, 1]"), (999999998, 0, 999999999, 1)),
     ],
 )
-def test_a_box_is_read(text, box):
+def test_a_valid_box_is_parsed(text, box):
     assert parse_box(text) == box
 
 
@@ -73,7 +78,7 @@ def test_a_box_is_read(text, box):
     ],
 )
 def test_a_box_in_json_is_read(inside):
-    assert parse_box(answered(inside)) == (1, 2, 3, 4)
+    assert parse_box(answer_block(inside)) == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_a_box_in_json_is_read(inside):
     ],
 )
 def test_other_json_is_no_box(inside):
-    assert parse_box(answered(inside)) is None
+    assert parse_box(answer_block(inside)) is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_other_json_is_no_box(inside):
         "</answer><answer>[1, 2, 3, 4]</answer>",
         "<ANSWER>[1, 2, 3, 4]</ANSWER>",
         *map(
-            answered,
+            answer_block,
             [
                 "",
                 "[]",
@@ -139,14 +144,14 @@ def test_other_json_is_no_box(inside):
                 "[.5, 0, 1, 1]",
                 "[1_0, 0, 20, 1]",
                 "[1, 2, - 3, 4]",
-                "[٠, ٠, ٣, ٤]",  # digits of Unicode are no digits here
+                "[٠, ٠, ٣, ٤]",  # only ASCII digits count
                 "[0, 0, 1, 1234567890]",
                 "[0, 0, 1, " + "9" * 5000 + "]",
             ],
         ),
     ],
 )
-def test_anything_else_is_no_box(text):
+def test_any_other_text_has_no_box(text):
     assert parse_box(text) is None
 
 
@@ -175,8 +180,8 @@ def test_anything_else_is_no_box(text):
         '"label": "cup",',
     ],
 )
-@pytest.mark.parametrize("wrap", [str, answered, in_front_of_a_box, behind_a_number, in_a_label])
-def test_100_kb_of_anything_is_quick(piece, wrap):
+@pytest.mark.parametrize("wrap", [str, answer_block, before_the_numbers, after_a_number, in_a_label])
+def test_100_kb_of_any_piece_take_under_50_ms(piece, wrap):
     text = wrap(piece * (100_000 // len(piece)))
     best = math.inf
     for _ in range(3):  # the best of three: the machine may be busy
@@ -186,13 +191,15 @@ def test_100_kb_of_anything_is_quick(piece, wrap):
     assert best < 0.05
 
 
-def test_no_text_raises():
+def test_no_random_text_raises():
     rng = random.Random(0)
     for _ in range(5000):
-        text = list(rng.choice([PERFECT, answered("[1.5, 2, 3, 4]"), ""]))
+        text = list(rng.choice([PERFECT, answer_block("[1.5, 2, 3, 4]"), ""]))
         for _ in range(rng.randint(0, 12)):
-            at = rng.randint(0, len(text))
-            text[at : at + rng.randint(0, 3)] = rng.choice([rng.choice(WORDS), chr(rng.randrange(0x110000))])
+            start = rng.randint(0, len(text))
+            text[start : start + rng.randint(0, 3)] = rng.choice(
+                [rng.choice(PIECES), chr(rng.randrange(0x110000))]
+            )
         text = "".join(text)
         result = reward(text, (1, 2, 3, 4))
         assert 0 <= result.total <= 1 and 0 <= result.iou <= 1 and result.format in (0, 1)
@@ -209,7 +216,11 @@ def test_no_text_raises():
         ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4),
         ((10, 20, 50, 80), (10, 20, 50, 60), 2 / 3),
         ((0, 0, 2, 2), (2, 0, 4, 2), 0),  # only the edge is shared
-        ((0, 0, 2, 2), (5, 5, 6, 6), 0),  # both sides of the overlap are negative: their product is not
+        (
+            (0, 0, 2, 2),
+            (5, 5, 6, 6),
+            0,
+        ),  # width and height of the overlap are negative, their product is positive
         ((0, 0, 0, 2), (0, 0, 2, 2), 0),
         ((2, 2, 0, 0), (0, 0, 2, 2), 0),
         ((2, 2, 0, 0), (2, 2, 0, 0), 0),
@@ -219,12 +230,12 @@ def test_no_text_raises():
         ((-math.inf, 0, math.inf, 1), (-math.inf, 0, math.inf, 1), 0),
     ],
 )
-def test_iou_worked_by_hand(a, b, value):
+def test_iou_equals_hand_worked_values(a, b, value):
     assert iou(a, b) == pytest.approx(value)
     assert iou(b, a) == pytest.approx(value)
 
 
-def test_iou_properties():
+def test_iou_is_symmetric_and_does_not_depend_on_scale_or_offset():
     rng = random.Random(1)
     for _ in range(1000):
         xs, ys = [[rng.uniform(-50, 50) for _ in range(4)] for _ in range(2)]
@@ -240,8 +251,8 @@ def test_iou_properties():
 
 
 def test_iou_never_raises_and_stays_in_bounds():
-    odd = (math.nan, math.inf, -math.inf, 0.0, 1.0)
-    boxes = list(itertools.product(odd, repeat=4))
+    extremes = (math.nan, math.inf, -math.inf, 0.0, 1.0)
+    boxes = list(itertools.product(extremes, repeat=4))
     for box in boxes:
         assert 0 <= iou(box, (0, 0, 1, 1)) <= 1
         assert 0 <= iou((0, 0, 1, 1), box) <= 1
@@ -272,21 +283,21 @@ def test_iou_never_raises_and_stays_in_bounds():
         ("<Think>a</Think><answer>b</answer>", 0),
     ],
 )
-def test_format(text, value):
+def test_format_reward(text, value):
     assert format_reward(text) == value
 
 
 @pytest.mark.parametrize("alpha", [0, 0.1, 0.5, 1])
 def test_reward_is_the_weighted_sum(alpha):
     box = (10, 20, 50, 80)
-    both = reward(PERFECT, box, alpha)
-    assert both.total == pytest.approx((1 - alpha) * 2 / 3 + alpha)
-    assert (both.iou, both.format) == (pytest.approx(2 / 3), 1)
+    result = reward(PERFECT, box, alpha)
+    assert result.total == pytest.approx((1 - alpha) * 2 / 3 + alpha)
+    assert (result.iou, result.format) == (pytest.approx(2 / 3), 1)
     assert reward("<answer>[10, 20, 50, 80]</answer>", box, alpha).total == pytest.approx(1 - alpha)
     assert reward("<think>a</think><answer>here</answer>", box, alpha).total == pytest.approx(alpha)
     assert reward("here", box, alpha).total == 0
     assert reward(PERFECT, (10, 20, 50, 60), alpha).total == pytest.approx(1)
 
 
-def test_alpha_is_the_papers():
+def test_the_default_alpha_is_that_of_the_paper():
     assert reward(PERFECT, (10, 20, 50, 80)).total == pytest.approx(0.9 * 2 / 3 + 0.1)

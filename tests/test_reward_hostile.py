@@ -1,4 +1,4 @@
-"""A hundred thousand answers that nobody would give on purpose: none may raise, cheat or take long."""
+"""A hundred thousand hostile completions: none raises, scores more than it should or takes long."""
 
 import random
 import time
@@ -64,7 +64,7 @@ def unicode_text(rng: random.Random) -> str:
 
 
 def near_miss(rng: random.Random) -> str:
-    """Of the pieces that answers are made of, in an order that is almost right."""
+    """An almost correct completion, made of the pieces of a correct one."""
     numbers = [rng.choice(NUMBERS) if rng.random() < 0.3 else str(rng.randint(-50, 1050)) for _ in range(4)]
     numbers = numbers[: rng.choice([4, 4, 4, 3])] + [rng.choice(NUMBERS)] * rng.choice([0, 0, 0, 1])
     box = rng.choice("[[[[({") + rng.choice([", ", ",", " ", ";"]).join(numbers) + rng.choice("]]]])}")
@@ -77,35 +77,34 @@ def near_miss(rng: random.Random) -> str:
         "</answer>",
     ]
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
-        at = rng.randrange(len(parts))
-        parts[at : at + rng.randint(0, 2)] = [rng.choice(rng.choice([TAGS, NUMBERS, MARKS, [box]]))]
+        start = rng.randrange(len(parts))
+        parts[start : start + rng.randint(0, 2)] = [rng.choice(rng.choice([TAGS, NUMBERS, MARKS, [box]]))]
     return "".join(parts)
 
 
 def mutation(rng: random.Random) -> str:
-    """A right answer with a few characters gone, doubled or exchanged."""
+    """A correct completion with a few characters removed, added or replaced."""
     text = list("<think>red star</think><answer>[100, 200, 300, 400]</answer>")
     for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(len(text) + 1)
-        text[at : at + rng.randint(0, 3)] = rng.choice(["", "7", *MARKS, chr(rng.randrange(0x3000))])
+        start = rng.randrange(len(text) + 1)
+        text[start : start + rng.randint(0, 3)] = rng.choice(["", "7", *MARKS, chr(rng.randrange(0x3000))])
     return "".join(text)
 
 
-def box_by_hand(text: str) -> tuple | None:
-    """The box in an answer by another way than the program's: no regular expressions."""
+def parse_box_without_regex(text: str) -> tuple | None:
+    """What parse_box should return, computed without regular expressions."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
-    inside = text.partition("<answer>")[2]
-    inside, end, _ = inside.partition("</answer>")
+    inside, closing_tag, _ = text.partition("<answer>")[2].partition("</answer>")
     inside = inside.strip()
-    if not end or not (inside.startswith("[") and inside.endswith("]")):
+    if not closing_tag or not (inside.startswith("[") and inside.endswith("]")):
         return None
     numbers = []
     for part in inside[1:-1].split(","):
-        whole, _, rest = part.strip().partition(".")
-        whole = whole[1:] if whole[:1] in ("+", "-") else whole
-        digits = all(c in "0123456789" for c in whole + rest)
-        if not (digits and 1 <= len(whole) <= 9 and len(rest) <= 9):
+        integer, _, decimals = part.strip().partition(".")
+        integer = integer[1:] if integer[:1] in ("+", "-") else integer
+        only_digits = all(character in "0123456789" for character in integer + decimals)
+        if not (only_digits and 1 <= len(integer) <= 9 and len(decimals) <= 9):
             return None
         numbers.append(float(part))
     if len(numbers) != 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
@@ -119,38 +118,40 @@ def hostile(count: int):
         yield (unicode_text, near_miss, mutation)[i % 3](rng)
 
 
-def test_a_hundred_thousand_answers_never_raise_nor_score_above_one():
-    parsed = structured = 0
+def test_hostile_completions_never_raise_and_score_as_they_should():
+    num_parsed = num_formatted = 0
     for text in hostile(100_000):
         result, box = reward(text, BOX), parse_box(text)
         assert 0 <= result.total <= 1 and 0 <= result.iou <= 1 and result.format in (0, 1)
         assert result.format == format_reward(text) and (box is not None or result.iou == 0)
-        assert box == box_by_hand(text), repr(text)
-        parsed += box is not None
-        structured += result.format == 1
-    assert 2000 < parsed < 60_000 and 2000 < structured < 60_000, "the generator makes both kinds"
+        assert box == parse_box_without_regex(text), repr(text)
+        num_parsed += box is not None
+        num_formatted += result.format == 1
+    assert 2000 < num_parsed < 60_000 and 2000 < num_formatted < 60_000, (
+        "the generator makes valid and invalid completions"
+    )
 
 
-def test_spaces_line_ends_and_decimals_change_nothing():
+def test_spaces_line_breaks_and_decimal_zeros_change_nothing():
     rng = random.Random("layout")
     for _ in range(5000):
         x1, y1 = rng.randint(-50, 900), rng.randint(-50, 900)
         numbers = [x1, y1, x1 + rng.randint(-5, 300), y1 + rng.randint(-5, 300)]
         plain = f"<think>x</think><answer>[{', '.join(map(str, numbers))}]</answer>"
-        some = [f"{n}{rng.choice(['', '.', '.0', '.000'])}" for n in numbers]
-        inside = ",".join(rng.choice(SPACES) + n + rng.choice(SPACES) for n in some)
-        gaps = [rng.choice(SPACES) for _ in range(5)]
-        loose = f"{gaps[0]}<think>x</think>{gaps[1]}<answer>{gaps[2]}[{inside}]{gaps[3]}</answer>{gaps[4]}"
-        assert reward(loose, BOX) == reward(plain, BOX), repr(loose)
+        with_zeros = [f"{number}{rng.choice(['', '.', '.0', '.000'])}" for number in numbers]
+        inside = ",".join(rng.choice(SPACES) + number + rng.choice(SPACES) for number in with_zeros)
+        a, b, c, d, e = (rng.choice(SPACES) for _ in range(5))
+        spaced = f"{a}<think>x</think>{b}<answer>{c}[{inside}]{d}</answer>{e}"
+        assert reward(spaced, BOX) == reward(plain, BOX), repr(spaced)
 
 
-def test_100_kb_of_every_kind_takes_under_50_ms():
+def test_100_kb_of_hostile_text_take_under_50_ms():
     for text in hostile(90):
-        long = (text or " ") * (100_000 // max(1, len(text)))
-        for longer in (long, f"<answer>[{long}]</answer>", f"<answer>[1, 2, 3,{long}"):
+        repeated = (text or " ") * (100_000 // max(1, len(text)))
+        for long_text in (repeated, f"<answer>[{repeated}]</answer>", f"<answer>[1, 2, 3,{repeated}"):
             seconds = []
             for _ in range(3):  # the best of three: the machine may be busy
-                began = time.perf_counter()
-                reward(longer, BOX)
-                seconds.append(time.perf_counter() - began)
+                start = time.perf_counter()
+                reward(long_text, BOX)
+                seconds.append(time.perf_counter() - start)
             assert min(seconds) < 0.05

@@ -1,4 +1,4 @@
-"""Nothing that a user downloads can run code, or read and write outside its folder."""
+"""No downloaded file can run code, or read or write outside its folder."""
 
 import json
 import pickle
@@ -22,7 +22,9 @@ from models import add_lora, load_adapter, load_policy
 ROOT = Path(__file__).parents[1]
 
 
-class Evil:
+class Malicious:
+    """An object whose unpickling creates a file."""
+
     def __init__(self, file: Path):
         self.file = file
 
@@ -30,46 +32,48 @@ class Evil:
         return Path.touch, (self.file,)
 
 
-def test_a_model_of_pickles_is_refused(tmp_path):
+def test_a_pickled_model_is_refused(tmp_path):
     shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with (tmp_path / "model" / "pytorch_model.bin").open("wb") as file:
-        pickle.dump(Evil(tmp_path / "was run"), file)
+        pickle.dump(Malicious(tmp_path / "code ran"), file)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_policy(str(tmp_path / "model"), load_in_4bit=False)
-    assert not (tmp_path / "was run").exists()
+    assert not (tmp_path / "code ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "a kind of its own"])
-def test_a_model_that_brings_code_does_not_get_to_run_it(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "a type of its own"])
+def test_code_in_a_model_folder_never_runs(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the reply if transformers asked whether to run it
     folder = Path(shutil.copytree(ROOT / "tiny/model", tmp_path / "model"))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Config: pass\n")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'code ran')!r}, 'w')\nclass Config: pass\n")
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Config"}}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
-    if kind == "qwen3_vl":
-        load_policy(str(folder), load_in_4bit=False)  # transformers' own class of that name
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    if model_type == "qwen3_vl":
+        load_policy(str(folder), load_in_4bit=False)  # loads transformers' own class instead
     else:
         with pytest.raises(UserError, match="cannot be loaded"):
             load_policy(str(folder), load_in_4bit=False)
-    assert not (tmp_path / "was run").exists()
+    assert not (tmp_path / "code ran").exists()
 
 
-def test_an_adapter_of_pickles_is_refused(tmp_path):
+def test_a_pickled_adapter_is_refused(tmp_path):
     policy = add_lora(load_policy("tiny", load_in_4bit=False), 2)
     policy.model.save_pretrained(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    torch.save(load_file(weights) | {"x": Evil(tmp_path / "was run")}, weights.with_name("adapter_model.bin"))
+    torch.save(
+        load_file(weights) | {"x": Malicious(tmp_path / "code ran")}, weights.with_name("adapter_model.bin")
+    )
     weights.unlink()
     with pytest.raises(UserError, match="adapter_model.safetensors"):
         load_adapter(load_policy("tiny", load_in_4bit=False), tmp_path / "adapter")
-    assert not (tmp_path / "was run").exists()
+    assert not (tmp_path / "code ran").exists()
     assert not isinstance(policy.base_model, PeftModel)
 
 
 @pytest.mark.parametrize("name", ["../evil", "../../evil", "FOLDER/evil", "..\\evil", "a/b\0c", "con"])
-def test_a_table_cannot_make_the_program_write_outside_its_folder(name, tmp_path, monkeypatch):
+def test_a_benchmark_file_cannot_make_eval_write_outside_its_folder(name, tmp_path, monkeypatch):
     table = tmp_path / "data" / "MMStar.tsv"
     table.parent.mkdir()
     file = BytesIO()
@@ -78,7 +82,7 @@ def test_a_table_cannot_make_the_program_write_outside_its_folder(name, tmp_path
     name = name.replace("FOLDER", str(tmp_path))
     cells = [name, b64encode(file.getvalue()).decode(), "What?", "a", "b", "A", name]
     table.write_text(header + "\t".join(cells) + "\n")
-    out = tmp_path / "some" / "where" / "out"
+    out = tmp_path / "parent" / "child" / "out"
     out.mkdir(parents=True)
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["eval.py", "mmstar", "--data", str(table), "--out", str(out)])
@@ -87,7 +91,7 @@ def test_a_table_cannot_make_the_program_write_outside_its_folder(name, tmp_path
     assert {path.name for path in out.iterdir()} == {"answers.jsonl", "results.json"}
 
 
-def test_no_file_of_ours_loads_what_could_be_code():
+def test_no_root_file_loads_pickles_or_evaluates_text():
     for path in ROOT.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"trust_remote_code=(\w+)", text)) <= {"False"}, path

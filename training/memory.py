@@ -1,51 +1,52 @@
-"""Which phase of a step needs how much memory, and what to lower where it runs out."""
+"""The peak GPU memory of each phase of a step, and which flag to lower where memory runs out."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from files.errors import UserError
+from training.settings import MEMORY, flag_of
 
-LOWER = {
+LOWER = {  # phase: what to change if it does not fit
     "loading": "take a smaller --model, or --load-in-4bit",
     "rollout": "lower --rollout-batch, then --image-pixels, --max-new-tokens or --num-generations",
     "policy pass": "lower --micro-batch, give --gradient-checkpointing, then lower --image-pixels, "
     "--max-new-tokens or --num-generations",
     "optimizer": "lower --lora-rank",
 }
-# As PyTorch, CUDA, cuBLAS and, while weights become 4-bit, transformers put it.
+# The messages of PyTorch, CUDA and cuBLAS, and of transformers while it converts weights to 4 bit.
 OUT_OF_MEMORY = r"tried to allocate (\d[\d.]* \w+)|allocate memory|out of memory|alloc_failed"
 OUT_OF_MEMORY += "|automatic conversion of the weights"
-PEAKS: dict[str, int] = {}  # bytes that each phase needed at most, on a GPU
-METER: Any = torch.cuda if torch.cuda.is_available() else None
-OPEN: list[str] = []  # phases at work, the innermost last
+PEAKS: dict[str, int] = {}  # phase: the most bytes that were allocated in it, on a GPU
+METER = torch.cuda if torch.cuda.is_available() else None  # what measures the memory
+OPEN: list[str] = []  # phases that have started and not ended, the innermost last
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A part of the work whose peak is noted; UserError where its memory runs out, naming what to lower."""
-    note()
+    """Records the peak memory of a phase; UserError if memory runs out in it, with the flag to lower.
+
+    Phases may nest: a peak counts for the innermost open phase.
+    """
+    record_peak()
     OPEN.append(name)
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not (asked := re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not (match := re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
             raise
-        more = f", when it asked for {asked[1]} more" if asked[1] else ""
-        raise UserError(
-            f"Out of memory in the phase '{name}'{more}: {LOWER[name]}. A checkpoint stays, and --resume "
-            "takes another --rollout-batch, --micro-batch and --gradient-checkpointing."
-        ) from None
+        amount = f", which asked for another {match[1]}" if match[1] else ""
+        remedy = f"{LOWER[name]}; --resume accepts the flags {', '.join(map(flag_of, MEMORY))}"
+        raise UserError(f"Out of memory in the phase '{name}'{amount}: {remedy}.") from None
     finally:
-        note()
+        record_peak()
         OPEN.pop()
 
 
-def note() -> None:
-    """What the innermost open phase has needed since the last note."""
+def record_peak() -> None:
+    """Adds the peak since the last call to the innermost open phase, and starts to measure anew."""
     if METER is not None:
         if OPEN:
             PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), METER.max_memory_allocated())

@@ -52,9 +52,9 @@ def write(path: Path, rows: list[dict], end: str = "\n", start: str = "") -> Pat
     return path
 
 
-def question(index, **more) -> dict:
+def question(index, **extra) -> dict:
     base = {"index": index, "image": png("red"), "question": "What?", "A": "one", "B": "two", "answer": "A"}
-    return base | more
+    return base | extra
 
 
 def colors(sample) -> list:
@@ -255,12 +255,12 @@ def test_thirty_megabytes_a_row_stream(tmp_path):
     assert peaks[1] < peaks[0] + 50_000
 
 
-def vstar(root: Path, kind: str, stem: str, **more) -> None:
+def vstar(root: Path, kind: str, stem: str, **extra) -> None:
     folder = root / kind
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (40, 30), "blue").save(folder / f"{stem}.jpg")
     note = {"question": "What color is the cup?", "options": ["red", "blue", "green", "white"]}
-    note |= {"target_object": ["cup"], "bbox": [[3, 4, 10, 20]]} | more
+    note |= {"target_object": ["cup"], "bbox": [[3, 4, 10, 20]]} | extra
     (folder / f"{stem}.json").write_text(json.dumps(note))
 
 

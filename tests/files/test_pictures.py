@@ -1,4 +1,4 @@
-"""Bad data: left out with a reason that is counted, replaced by another cue, never the end of a run."""
+"""Bad images and annotations are left out, counted and replaced by another cue; they never end a run."""
 
 import io
 import json
@@ -24,10 +24,14 @@ SIZE = (320, 240)
 
 def huge_png(side: int) -> bytes:
     """A PNG of a few bytes that claims to be side × side pixels."""
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        png += (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    return png
 
 
 def jpeg(size: tuple[int, int], seed: int) -> bytes:
@@ -36,19 +40,19 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
     return file.getvalue()
 
 
-BAD = {  # name: content, why it cannot be used
-    "truncated.jpg": (jpeg(SIZE, 0)[:3000], "broken, or no picture"),
-    "zero.jpg": (b"", "broken, or no picture"),
-    "text.jpg": (b"<html>not found</html>", "broken, or no picture"),
-    "zeros.png": (bytes(4096), "broken, or no picture"),
-    "one.png": (jpeg((1, 1), 0), "with a side under 16 pixels"),
-    "line.png": (jpeg((1, 4000), 0), "with a side under 16 pixels"),
+BAD = {  # file name: content, reason why it cannot be used
+    "truncated.jpg": (jpeg(SIZE, 0)[:3000], "broken or not an image"),
+    "zero.jpg": (b"", "broken or not an image"),
+    "text.jpg": (b"<html>not found</html>", "broken or not an image"),
+    "zeros.png": (bytes(4096), "broken or not an image"),
+    "one.png": (jpeg((1, 1), 0), "under 16 pixels on a side"),
+    "line.png": (jpeg((1, 4000), 0), "under 16 pixels on a side"),
     "strip.png": (jpeg((16, 4000), 0), "over 200 times as long as wide"),
     "bomb.png": (huge_png(20_000), "larger than 134,217,728 pixels"),
     "worse.png": (huge_png(2**31 - 1), "larger than 134,217,728 pixels"),
     "script.jpg": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n",
-        "broken, or no picture",
+        "broken or not an image",
     ),
     "missing.jpg": (None, "missing"),
 }
@@ -56,18 +60,19 @@ BAD = {  # name: content, why it cannot be used
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD)
-def test_every_unfit_picture_says_why(name, tmp_path):
-    content, why = BAD[name]
+def test_an_unusable_image_raises_its_reason(name, tmp_path):
+    content, reason = BAD[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(UnusableImage) as raised:
         load_image(tmp_path / name)
-    assert str(caught.value) == why
+    assert str(raised.value) == reason
 
 
-def fill(folder: Path, good: int) -> None:
+def fill(folder: Path, num_good: int) -> None:
+    """Writes good images and all bad ones into a new folder."""
     folder.mkdir()
-    for i in range(good):
+    for i in range(num_good):
         noise(SIZE, i).save(folder / f"{i}.png")
     for name, (content, _) in BAD.items():
         if content is not None:
@@ -75,51 +80,51 @@ def fill(folder: Path, good: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_another_cue_takes_the_place_the_same_for_the_same_seed(tmp_path, capsys):
+def test_another_cue_replaces_an_unusable_one_and_depends_on_the_seed_alone(tmp_path, capsys):
     fill(tmp_path / "photos", 20)
     cues = folder_cues(tmp_path / "photos", CueConfig(), "train", 0)
-    drawn = [(cues[i].box, cues[i].image.tobytes()) for i in range(60)]
+    contents = [(cues[i].box, cues[i].image.tobytes()) for i in range(60)]
     fresh = folder_cues(tmp_path / "photos", CueConfig(), "train", 0)
-    assert [(fresh[i].box, fresh[i].image.tobytes()) for i in reversed(range(60))] == drawn[::-1]
+    assert [(fresh[i].box, fresh[i].image.tobytes()) for i in reversed(range(60))] == contents[::-1]
     (left_out,) = cues.left_out
-    assert left_out.unusable >= 5 and left_out.reasons["broken, or no picture"] >= 2
-    assert left_out.reasons == fresh.left_out[0].reasons, "each picture counts once"
-    said = capsys.readouterr().err
-    assert said.count("warning: more than 1 % cannot be used") == 2, "once for each of the two"
+    assert left_out.unusable >= 5 and left_out.reasons["broken or not an image"] >= 2
+    assert left_out.reasons == fresh.left_out[0].reasons, "each image counts once"
+    err = capsys.readouterr().err
+    assert err.count("warning: more than 1 % cannot be used") == 2, "once for each sequence of cues"
 
 
-def test_a_picture_is_never_run_as_a_program(tmp_path, monkeypatch):
+def test_an_image_never_runs_as_a_program(tmp_path, monkeypatch):
     (tmp_path / "script.jpg").write_bytes(BAD["script.jpg"][0])
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
     with pytest.raises(UnusableImage):
         load_image(tmp_path / "script.jpg")
 
 
-def test_names_that_are_no_text_are_names(tmp_path):
+def test_file_names_need_not_be_valid_text(tmp_path):
     for i in range(30):
         noise(SIZE, i).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/%d\xff.png" % i))
     cue = folder_cues(tmp_path, CueConfig(), "train", 0)[0]
     assert cue.image.size == SIZE
-    assert index([IMAGE | {"id": "\ud800"}, IMAGE], [BOX])[0], "an id of half a character"
+    assert index([IMAGE | {"id": "\ud800"}, IMAGE], [BOX])[0], "an id need not be valid text either"
 
 
-def test_two_entries_of_one_file_do_not_hang_on_who_comes_first(tmp_path):
-    """One has the wrong size: it alone is unfit, whichever was touched first."""
+def test_an_entry_with_a_wrong_size_does_not_spoil_another_entry_of_the_same_file(tmp_path):
+    """Only the entry with the wrong size is unusable, even if it is opened first."""
     noise(SIZE, 0).save(tmp_path / "1.png")
     photos = Photos(tmp_path, LeftOut("images", 1))
     assert photos.open("1.png", (999, 999)) is None
     assert photos.open("1.png", SIZE) is not None
 
 
-def test_all_dropped_is_an_error_that_counts_them(tmp_path, capsys):
+def test_a_folder_without_usable_images_is_an_error_with_counts(tmp_path, capsys):
     for i in range(12):
-        (tmp_path / f"{i}.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"left out: \d+ broken, or no picture"):
+        (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"left out of \d+ train images in .*: \d+ broken or not an image"):
         folder_cues(tmp_path, CueConfig(), "train", 0)[0]
 
 
-def test_a_warning_comes_once_and_only_above_one_percent(capsys):
+def test_the_warning_is_printed_once_and_only_above_one_percent(capsys):
     left_out = LeftOut("images in x", 300)
     for _ in range(3):
         left_out.add("missing")
@@ -130,7 +135,7 @@ def test_a_warning_comes_once_and_only_above_one_percent(capsys):
         left_out.add("missing")
         left_out.warn()
     assert capsys.readouterr().err.count("warning") == 1
-    assert str(left_out) == "of 300 images in x left out: 5 missing, 1 excluded"
+    assert str(left_out) == "left out of 300 images in x: 5 missing, 1 excluded"
 
 
 # ---------------------------------------------------------------- annotations
@@ -139,8 +144,8 @@ IMAGE = {"id": 1, "file_name": "1.png", "width": 320, "height": 240}
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [10, 10, 20, 20]}
 BAD_IMAGES = {
     "without an id": [IMAGE | {"id": None}, IMAGE | {"id": [3]}, "text", None, {}],
-    "whose id stands twice": [IMAGE, IMAGE | {"file_name": "other.png"}],
-    "without name, width and height": [
+    "with an id that occurs twice": [IMAGE, IMAGE | {"file_name": "other.png"}],
+    "without a name, width and height": [
         IMAGE | {"id": 2, "width": "320"},
         IMAGE | {"id": 3, "height": None},
         IMAGE | {"id": 4, "width": math.nan},
@@ -164,10 +169,10 @@ BAD_IMAGES = {
     ],
 }
 BAD_BOXES = {
-    "whose id stands twice": [BOX, BOX | {"bbox": [50, 50, 30, 30]}],
-    "without an image that can be used": [BOX | {"id": 2, "image_id": 99}, BOX | {"id": 3, "image_id": "1"}],
+    "with an id that occurs twice": [BOX, BOX | {"bbox": [50, 50, 30, 30]}],
+    "without a usable image": [BOX | {"id": 2, "image_id": 99}, BOX | {"id": 3, "image_id": "1"}],
     "without a box": [{"id": 2, "image_id": 1}, BOX | {"id": 3, "image_id": [1]}, BOX | {"id": {}}, "text"],
-    "that are not four numbers": [
+    "with a box that is not four numbers": [
         BOX | {"id": 2, "bbox": ["10", "10", "20", "20"]},
         BOX | {"id": 3, "bbox": [10, 10, 20]},
         BOX | {"id": 4, "bbox": [10, 10, math.nan, 20]},
@@ -176,8 +181,14 @@ BAD_BOXES = {
         BOX | {"id": 7, "bbox": [10, 10, True, 20]},
         BOX | {"id": 8, "bbox": [10, 10, 10**400, 20]},
     ],
-    "empty or inverted": [BOX | {"id": 2, "bbox": [50, 50, -20, 20]}, BOX | {"id": 3, "bbox": [9, 9, 9, 0]}],
-    "outside their image": [BOX | {"id": 2, "bbox": [320, 0, 9, 9]}, BOX | {"id": 3, "bbox": [-9, 0, 9, 9]}],
+    "with an empty or inverted box": [
+        BOX | {"id": 2, "bbox": [50, 50, -20, 20]},
+        BOX | {"id": 3, "bbox": [9, 9, 9, 0]},
+    ],
+    "with a box outside the image": [
+        BOX | {"id": 2, "bbox": [320, 0, 9, 9]},
+        BOX | {"id": 3, "bbox": [-9, 0, 9, 9]},
+    ],
 }
 
 
@@ -186,24 +197,24 @@ def index(images: list, boxes: list):
     return index_coco(json.dumps(content), "x.json", "train", set(), {}, False)
 
 
-@pytest.mark.parametrize("why", BAD_IMAGES)
-def test_bad_images_are_counted_and_the_rest_stays(why):
-    first = [] if BAD_IMAGES[why][0] == IMAGE else [IMAGE]
-    boxes, (images, annotations) = index([*first, *BAD_IMAGES[why]], [BOX])
-    assert images.reasons == {why: len(BAD_IMAGES[why]) - (not first)}
-    assert [(one.name, one.box) for one in boxes] == [("1.png", (10, 10, 30, 30))]
+@pytest.mark.parametrize("reason", BAD_IMAGES)
+def test_bad_images_are_counted_and_the_others_are_used(reason):
+    good = [] if BAD_IMAGES[reason][0] == IMAGE else [IMAGE]
+    objects, (images, annotations) = index([*good, *BAD_IMAGES[reason]], [BOX])
+    assert images.reasons == {reason: len(BAD_IMAGES[reason]) - (not good)}
+    assert [(annotated.name, annotated.box) for annotated in objects] == [("1.png", (10, 10, 30, 30))]
     assert not annotations.reasons
 
 
-@pytest.mark.parametrize("why", BAD_BOXES)
-def test_bad_annotations_are_counted_and_the_rest_stays(why):
-    first = [] if BAD_BOXES[why][0] == BOX else [BOX]
-    boxes, (images, annotations) = index([IMAGE], [*first, *BAD_BOXES[why]])
-    assert annotations.reasons == {why: len(BAD_BOXES[why]) - (not first)}
-    assert [one.box for one in boxes] == [(10, 10, 30, 30)] and not images.reasons
+@pytest.mark.parametrize("reason", BAD_BOXES)
+def test_bad_annotations_are_counted_and_the_others_are_used(reason):
+    good = [] if BAD_BOXES[reason][0] == BOX else [BOX]
+    objects, (images, annotations) = index([IMAGE], [*good, *BAD_BOXES[reason]])
+    assert annotations.reasons == {reason: len(BAD_BOXES[reason]) - (not good)}
+    assert [annotated.box for annotated in objects] == [(10, 10, 30, 30)] and not images.reasons
 
 
-def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monkeypatch):
+def test_no_file_outside_the_folder_is_opened(tmp_path, monkeypatch):
     noise(SIZE, 0).save(tmp_path / "secret.png")
     (tmp_path / "images").mkdir()
     noise(SIZE, 1).save(tmp_path / "images" / "1.png")
@@ -212,28 +223,32 @@ def test_no_path_of_a_data_set_is_ever_opened_outside_its_folder(tmp_path, monke
     boxes = [BOX | {"id": i, "image_id": i, "bbox": [50, 50, 60, 50]} for i in (1, 2, 3)]
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": []}))
-    opened, usual = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path, **ways: opened.append(Path(path)) or usual(path, **ways))
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda path, **kwargs: opened.append(Path(path)) or open_image(path, **kwargs)
+    )
     cues = coco_cues(file, tmp_path / "images", CueConfig(tiny_ratio=0), "train", 0)
     assert all(cues[i].image.size == SIZE for i in range(20))
     assert set(opened) == {tmp_path / "images" / "1.png"}
 
 
-def test_a_picture_is_opened_once_to_be_found_unfit(tmp_path, monkeypatch):
-    photos, usual = Photos(tmp_path, LeftOut("images", 1)), Image.open
-    tries = []
-    monkeypatch.setattr(Image, "open", lambda path, **ways: tries.append(path) or usual(path, **ways))
+def test_an_unusable_image_is_opened_only_once(tmp_path, monkeypatch):
+    photos, open_image = Photos(tmp_path, LeftOut("images", 1)), Image.open
+    opened = []
+    monkeypatch.setattr(
+        Image, "open", lambda path, **kwargs: opened.append(path) or open_image(path, **kwargs)
+    )
     assert [photos.open("none.png") for _ in range(3)] == [None] * 3
-    assert len(tries) == 1 and photos.left_out.reasons == {"missing": 1}
+    assert len(opened) == 1 and photos.left_out.reasons == {"missing": 1}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_whole_run_on_bad_data_ends_well_and_counts(tmp_path, monkeypatch, capsys):
+def test_a_run_on_bad_data_succeeds_and_counts_what_it_left_out(tmp_path, monkeypatch, capsys):
     fill(tmp_path / "photos", 40)
     arguments = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--steps", "4"]
     arguments += ["--prompts", "4", "--num-generations", "2", "--eval-cues", "6"]
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *arguments])
     locus_mini.main()
     left_out = json.loads((tmp_path / "run" / "results.json").read_text())["left_out"]
-    counted = sum(sum(reasons.values()) for reasons in left_out.values())
-    assert 1 <= counted <= len(BAD) - 1
+    total = sum(sum(reasons.values()) for reasons in left_out.values())
+    assert 1 <= total <= len(BAD) - 1

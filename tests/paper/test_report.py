@@ -1,8 +1,10 @@
-"""The rows, the rule behind each verdict, and that RESULTS.md says what RESULTS.json holds."""
+"""The rows, the rule for verdicts, and that RESULTS.md is written from RESULTS.json."""
 
 import json
 import math
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,14 @@ from paper.claims import CLAIMS, POINTLESS, bands_apart, contrast, template_iou,
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def results() -> dict:
     return json.loads((ROOT / "paper/RESULTS.json").read_text(encoding="utf-8"))
 
 
-def test_a_contrast_is_paired_and_its_interval_the_closed_form():
-    one, other = [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]]
-    found = contrast(one, other)
+def test_a_contrast_is_paired_and_its_interval_is_the_closed_form():
+    after, before = [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]]
+    found = contrast(after, before)
     changes = [50.0, 50.0, 0.0, -50.0]  # of each sample, over the seeds
     error = math.sqrt(sum((c - 12.5) ** 2 for c in changes) / 3 / 4)
     assert found["change"] == 12.5 and found["seeds"] == [25.0, 0.0] and found["n"] == 4
@@ -44,7 +46,7 @@ def test_the_rule(low, high, seeds, expected):
     assert verdict({"low": low, "high": high, "seeds": seeds}) == expected
 
 
-def test_bands_are_compared_as_two_groups():
+def test_bands_are_compared_as_two_separate_groups():
     found = bands_apart({"IoU ≥ 0.5": [1.0, 1.0, 1.0, 0.0], "IoU 0": [0.0, 1.0, 0.0, 0.0]})
     assert found["change"] == 50.0 and found["n"] == 8
     assert found["high"] - found["change"] == pytest.approx(196 * math.sqrt(2 * 0.75 * 0.25 / 4), abs=0.02)
@@ -56,7 +58,7 @@ def test_every_kind_of_crop_can_be_found_in_its_scene(source):
     assert sum(template_iou(cues[i].image, cues[i].box) for i in range(40)) / 40 >= 0.9
 
 
-def test_a_template_matcher_is_lost_where_there_is_nothing_to_see():
+def test_a_template_matcher_cannot_find_a_window_of_plain_background():
     from PIL import Image
 
     assert template_iou(Image.new("RGB", (40, 30), "gray"), (3, 4, 9, 11)) < 0.2
@@ -66,13 +68,53 @@ def test_results_md_is_written_from_results_json_and_nothing_else(results):
     assert report.markdown(results) == (ROOT / "paper/RESULTS.md").read_text(encoding="utf-8")
 
 
-def test_every_row_stands_in_a_table(results):
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_report_says_first_of_all_that_it_means_nothing(quick, results, tmp_path, monkeypatch):
+    """Everything that reproduce.py does after its rows, in a folder of its own."""
+
+    def run_rows(out, steps, n, jobs, rows):
+        results["settings"].update(steps=steps, n=n)
+        out.mkdir(parents=True)
+
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *["--quick"] * quick])
+    monkeypatch.setattr(reproduce, "run_rows", run_rows)
+    monkeypatch.setattr(reproduce, "collect", lambda folders: results)
+    monkeypatch.setattr(report, "HERE", tmp_path / "paper")
+    (tmp_path / "paper").mkdir()
+    shutil.copy(ROOT / "paper/report_template.md", tmp_path / "paper")
+    reproduce.main()
+    folder = tmp_path / ("runs/quick" if quick else "paper")
+    first, second, title, *_ = (folder / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    if quick:
+        assert first.startswith("**This run is too short to mean anything") and first.endswith("**")
+        assert (second, title) == ("", "# LOCUS in miniature")
+    else:
+        assert first == "# LOCUS in miniature"
+
+
+@pytest.mark.parametrize("module", [report, reproduce])
+def test_help_writes_nothing(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    monkeypatch.setattr(report, "write", None)
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0 and "python -m paper." in capsys.readouterr().out
+
+
+def test_no_jobs_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--jobs", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main()
+    assert stopped.value.code == 2 and "--jobs 0" in capsys.readouterr().err
+
+
+def test_every_row_is_in_a_table(results):
     template = (ROOT / "paper/report_template.md").read_text(encoding="utf-8")
     assert all(f"{{scores[{name}]}}" in template for name in results["rows"])
 
 
-def test_every_row_and_claim_is_there(results):
-    assert set(results["rows"]) == {"base", *reproduce.FLAGS}
+def test_no_row_claim_or_figure_is_missing(results):
+    assert set(results["rows"]) == set(reproduce.FLAGS)
     for name in reproduce.ROWS_OF_EVERY_SEED:
         assert results["rows"][name]["seeds"] == list(reproduce.SEEDS)
     assert [c["title"] for c in results["claims"]] == [c.title for c in CLAIMS]
@@ -90,8 +132,8 @@ def test_the_change_of_a_claim_is_that_of_its_rows(results):
     for claim in results["claims"]:
         column = {"questions": "questions", "questions_place": "places"}.get(claim["metric"])
         if column:
-            mine, theirs = (rows[name][column] for name in (claim["row"], claim["other"]))
-            change = sum(mine) / len(mine) - sum(theirs) / len(theirs)
+            after, before = (rows[name][column] for name in (claim["row"], claim["other"]))
+            change = sum(after) / len(after) - sum(before) / len(before)
             assert claim["change"] == pytest.approx(change, abs=0.02)
 
 
@@ -107,16 +149,17 @@ def test_the_documentation_has_the_figures_of_results_json(results):
         assert figures == [report.figure(row[column]) for column in columns], name
 
 
-def test_rows_are_done_once_and_other_settings_refuse(tmp_path, monkeypatch):
+def test_rows_run_once_and_other_settings_are_refused(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, "1")  # which do_rows sets, and this puts back
+        monkeypatch.setenv(name, "1")  # run_rows sets these, and monkeypatch restores them
     rows = [("SFT", 11), ("more pretraining", 11)]
     folders = {row: reproduce.folder_of(tmp_path, *row) for row in rows}
-    reproduce.do_rows(tmp_path, 1, 4, 1, rows)
-    done = [json.loads((folder / "row.json").read_text()) for folder in folders.values()]
-    assert all(len(row["samples"]["questions"]) == 8 and len(row["samples"]["cue"]) == 2 for row in done)
+    reproduce.run_rows(tmp_path, 1, 4, 1, rows)
+    contents = [json.loads((folder / "row.json").read_text()) for folder in folders.values()]
+    assert all(len(row["samples"]["questions"]) == 8 for row in contents)
+    assert all(len(row["samples"]["cue"]) == 2 for row in contents)
     times = [(folder / "row.json").stat().st_mtime_ns for folder in folders.values()]
-    reproduce.do_rows(tmp_path, 1, 4, 1, rows)
+    reproduce.run_rows(tmp_path, 1, 4, 1, rows)
     assert times == [(folder / "row.json").stat().st_mtime_ns for folder in folders.values()]
     with pytest.raises(UserError, match="steps 1, not 2"):
-        reproduce.do_rows(tmp_path, 2, 4, 1, rows)
+        reproduce.run_rows(tmp_path, 2, 4, 1, rows)

@@ -1,4 +1,4 @@
-"""The SFT baseline and the controls: what they reward, what they imitate, what they leave alone."""
+"""The SFT baseline and the controls: what they reward, what they imitate, and what they leave unchanged."""
 
 import json
 import sys
@@ -18,9 +18,9 @@ from paper.variants import (
     VARIANTS,
     all_weights,
     best_completions,
-    ground_truth_completions,
     main,
     question_of,
+    rollout_ground_truth,
     sft_loss,
     variant_flags,
 )
@@ -40,9 +40,9 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def some(tiny):
-    cues = [CUES[i] for i in range(6)]
-    return [encode_cue(tiny.processor, cue, "object") for cue in cues], cues
+def batch(tiny) -> list[Example]:
+    """Six cues and their prompts."""
+    return [Example(i, CUES[i], encode_cue(tiny.processor, CUES[i], "object")) for i in range(6)]
 
 
 def test_sft_is_the_mean_negative_log_probability_of_what_is_imitated():
@@ -51,64 +51,57 @@ def test_sft_is_the_mean_negative_log_probability_of_what_is_imitated():
     weights = token_weights(mask.double(), "sft", float(mask.sum()), 3.0, 40)
     loss = sft_loss(logps, logps, None, torch.ones(3, 1), weights, Config())[0]
     assert loss.item() == pytest.approx(-logps[mask].mean().item(), abs=1e-12)
-    none = sft_loss(logps, logps, None, torch.tensor([[0.0], [1.0], [0.0]]), weights, Config())[0]
-    assert none.item() == pytest.approx(-logps[1, 0, :2].sum().item() / 11, abs=1e-12)
+    second = sft_loss(logps, logps, None, torch.tensor([[0.0], [1.0], [0.0]]), weights, Config())[0]
+    assert second.item() == pytest.approx(-logps[1, 0, :2].sum().item() / 11, abs=1e-12)
 
 
-def test_imitation_has_the_gradient_of_grpo_where_every_answer_is_as_good_as_any():
+def test_imitation_has_the_gradient_of_grpo_at_equal_advantages():
     """At ratio 1 and A = 1 the surrogate's gradient is that of log π."""
     logps = (-torch.rand(2, 1, 4, dtype=torch.float64)).requires_grad_()
     weights = torch.rand(2, 1, 4, dtype=torch.float64)
     sft_loss(logps, logps, None, torch.ones(2, 1), weights, Config())[0].backward()
     imitated, logps.grad = logps.grad, None
-    old = logps.detach().clone()
-    grpo_loss(logps, old, None, torch.ones(2, 1, dtype=torch.float64), weights, Config(beta=0.0))[
-        0
-    ].backward()
+    old, advantages = logps.detach().clone(), torch.ones(2, 1, dtype=torch.float64)
+    grpo_loss(logps, old, None, advantages, weights, Config(beta=0.0))[0].backward()
     assert torch.allclose(imitated, logps.grad, atol=1e-12)
 
 
-def test_what_sft_imitates_is_a_perfect_answer_in_the_families_form(tiny, some):
-    items, cues = some
-    said = decode_completions(tiny, ground_truth_completions(tiny, items, cues))
-    for (text,), item, cue in zip(said, items, cues):
-        assert text.startswith(f"<think> {target_object(cue).name}</think>")
-        scored = reward(text, item.frame.to_units(cue.box))
+def test_what_sft_imitates_is_a_perfect_completion_in_the_familys_format(tiny, batch):
+    completions = decode_completions(tiny, rollout_ground_truth(tiny, batch, 0, CFG))
+    for (text,), example in zip(completions, batch, strict=True):
+        assert text.startswith(f"<think> {target_object(example.cue).name}</think>")
+        scored = reward(text, example.prompt.frame.to_units(example.cue.box))
         assert scored.format == 1 and scored.iou > 0.95
-    thinking = replace(
-        tiny, processor=replace(tiny.processor, family=replace(tiny.processor.family, opening="<think>\n"))
-    )
-    rollouts = ground_truth_completions(thinking, items, cues)
-    assert tiny.processor.tokenizer.decode(rollouts.tokens[0, 0][:3]).startswith(
-        f" {cues[0].text.split()[0]}"
-    )
+    family = replace(tiny.processor.family, opening="<think>\n")
+    thinking = replace(tiny, processor=replace(tiny.processor, family=family))
+    rollouts = rollout_ground_truth(thinking, batch, 0, CFG)
+    start = tiny.processor.tokenizer.decode(rollouts.tokens[0, 0][:3])
+    assert start.startswith(f" {batch[0].cue.text.split()[0]}")
     assert all(reward(t, (0, 0, 1, 1)).format == 1 for (t,) in decode_completions(thinking, rollouts))
 
 
-def test_sft_ends_with_the_stop_token_and_hides_its_padding(tiny, some):
-    rollouts = ground_truth_completions(tiny, *some)
+def test_sft_ends_with_the_stop_token_and_masks_its_padding(tiny, batch):
+    rollouts, tokenizer = rollout_ground_truth(tiny, batch, 0, CFG), tiny.processor.tokenizer
     last = rollouts.mask.sum(-1) - 1
-    assert (
-        rollouts.tokens.gather(-1, last[..., None])[..., 0] == tiny.processor.tokenizer.eos_token_id
-    ).all()
-    shown = [f"<think> {c.text}</think><answer>{i.frame.to_text(c.box)}</answer>" for i, c in zip(*some)]
-    lengths = [len(tiny.processor.tokenizer(text)["input_ids"]) + 1 for text in shown]
+    assert (rollouts.tokens.gather(-1, last[..., None])[..., 0] == tokenizer.eos_token_id).all()
+    answers = [example.prompt.frame.to_text(example.cue.box) for example in batch]
+    texts = [f"<think> {e.cue.text}</think><answer>{a}</answer>" for e, a in zip(batch, answers, strict=True)]
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]
     assert rollouts.mask.sum(-1)[:, 0].tolist() == lengths
 
 
-def test_imitating_raises_the_probability_of_the_true_answers(some, tiny):
+def test_imitating_raises_the_probability_of_the_true_boxes(batch):
     policy = add_lora(load_policy("tiny"), 4)
-    items, cues = some
     cfg, _ = resolve(variant_flags("sft", {"lr": 2e-3}), policy.processor.family)
-    rollouts = ground_truth_completions(policy, items, cues)
+    rollouts = rollout_ground_truth(policy, batch, 0, cfg)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
-    ones = torch.ones(len(items), 1)
-    passes = [(collate(policy, items), rollouts, ones, None)]
-    losses = [locus_mini.optimizer_step(policy, optimizer, passes, cfg, sft_loss)["loss"] for _ in range(6)]
+    prompts = [example.prompt for example in batch]
+    parts = [(collate(policy, prompts), rollouts, torch.ones(len(batch), 1), None)]
+    losses = [locus_mini.optimizer_step(policy, optimizer, parts, cfg, sft_loss)["loss"] for _ in range(6)]
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_the_best_answer_of_each_group_is_kept():
+def test_the_best_completion_of_each_group_is_kept():
     tokens = torch.arange(24).view(2, 3, 4)
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
     rollouts = Rollout(tokens, mask, -tokens.float(), torch.tensor([[True, False, True], [True, True, True]]))
@@ -118,24 +111,28 @@ def test_the_best_answer_of_each_group_is_kept():
     assert better.tolist() == [[1.0], [0.0]]
 
 
-def test_random_rewards_ignore_the_answer_and_repeat(tiny, some):
-    items, cues = some
-    perfect = f"<think> x</think><answer>{items[0].frame.to_text(cues[0].box)}</answer>"
-    good = VARIANTS["random"].task.score([perfect] * 4, Example(7, cues[0], items[0]), CFG)
-    bad = VARIANTS["random"].task.score(["nothing"] * 4, Example(7, cues[0], items[0]), CFG)
+def perfect_completion(example: Example, box=None) -> str:
+    """A completion with a box, by default the cue's."""
+    return f"<think> x</think><answer>{example.prompt.frame.to_text(box or example.cue.box)}</answer>"
+
+
+def test_random_rewards_ignore_the_completion_and_repeat(batch):
+    score, perfect, example = VARIANTS["random"].task.score, perfect_completion(batch[0]), batch[0]
+    good = score([perfect] * 4, replace(example, index=7), CFG)
+    bad = score(["nothing"] * 4, replace(example, index=7), CFG)
     assert [r.total for r in good] == [r.total for r in bad]
     assert len({r.total for r in good}) == 4
     assert good[0].iou > 0.95 and bad[0].iou == 0, "what is logged stays the true overlap"
-    other = VARIANTS["random"].task.score([perfect] * 4, Example(8, cues[0], items[0]), CFG)
+    other = score([perfect] * 4, replace(example, index=8), CFG)
     assert [r.total for r in other] != [r.total for r in good]
 
 
-def test_a_shuffled_target_pays_for_another_thing(tiny, some):
-    items, cues = some
-    for i, (item, cue) in enumerate(zip(items, cues)):
-        boxes = [cue.box, *(t.box for t in cue.scene.objects if t != target_object(cue))]
-        answers = [f"<think> x</think><answer>{item.frame.to_text(box)}</answer>" for box in boxes]
-        scored = VARIANTS["shuffled"].task.score(answers, Example(i, cue, item), CFG)
+def test_a_shuffled_target_rewards_the_box_of_another_object(batch):
+    for example in batch:
+        cue = example.cue
+        boxes = [cue.box, *(o.box for o in cue.scene.objects if o != target_object(cue))]
+        completions = [perfect_completion(example, box) for box in boxes]
+        scored = VARIANTS["shuffled"].task.score(completions, example, CFG)
         best = max(range(len(boxes)), key=lambda g: scored[g].total)
         assert best != 0 and scored[best].total > 0.9
         assert scored[0].iou > 0.95 and scored[0].total < 0.2
@@ -148,27 +145,25 @@ def test_questions_are_rewarded_by_their_answer_on_the_full_image_alone(tiny):
         question = question_of(cue, i)
         kinds.add(question.kind)
         assert question == question_of(cue, i) and question in scenes.questions(cue.scene)
-        item = VARIANTS["questions"].task.encode(tiny.processor, cue, i, CFG)
-        assert len(item.images) == 1
-        answers = [f"<think> x</think><answer> {question.answer}</answer>", "<answer> nonsense</answer>"]
-        right, wrong = VARIANTS["questions"].task.score(answers, Example(i, cue, item), CFG)
+        prompt = VARIANTS["questions"].task.encode(tiny.processor, cue, i, CFG)
+        assert len(prompt.images) == 1
+        completions = [f"<think> x</think><answer> {question.answer}</answer>", "<answer> nonsense</answer>"]
+        right, wrong = VARIANTS["questions"].task.score(completions, Example(i, cue, prompt), CFG)
         assert (right.total, right.iou, wrong.total) == (1.0, 1.0, 0.0)
     assert kinds == {"place", "attribute"}
 
 
-def test_training_all_weights_leaves_the_reference_as_it_was(tmp_path, some):
+def test_training_all_weights_leaves_the_reference_unchanged(tmp_path, batch):
     policy = all_weights(load_policy("tiny"))
-    items, _ = some
-    trained = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
-    assert trained == {"modules_to_save"}
-    batch = collate(policy, items)
+    trainable = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert trainable == {"modules_to_save"}
+    batch = collate(policy, [example.prompt for example in batch])
     rollouts = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
     before = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
     cfg, _ = resolve({}, policy.processor.family)
-    locus_mini.optimizer_step(
-        policy, optimizer, [(batch, rollouts, torch.tensor([[1.0, -1.0]] * 6), None)], cfg
-    )
+    parts = [(batch, rollouts, torch.tensor([[1.0, -1.0]] * 6), None)]
+    locus_mini.optimizer_step(policy, optimizer, parts, cfg)
     with torch.no_grad():
         after = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
         with policy.reference():
@@ -188,39 +183,31 @@ def test_all_weights_are_for_the_embedded_model_alone():
 
 
 @pytest.mark.parametrize(
-    "extra",
-    [
-        "sft",
-        "best",
-        "random",
-        "shuffled",
-        "questions",
-        "all_weights --lr 1e-4",
-    ],
+    "command", ["sft", "best", "random", "shuffled", "questions", "all_weights --lr 1e-4"]
 )
-def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, monkeypatch):
+def test_every_control_trains_and_resumes_where_it_was_stopped(command, tmp_path, monkeypatch):
     """Two steps and, after a stop, a third are three steps."""
-    for name in ("whole", "halved"):
-        variant, *flags = extra.split()
+    variant, *flags = command.split()
+    for name in ("whole", "stopped"):
         arguments = ["x", variant, "--out", str(tmp_path / name), *SMALL, "--save-every", "2", *flags]
         monkeypatch.setattr(sys, "argv", arguments)
-        if name == "halved":
-            usual = locus_mini.train_step
+        if name == "stopped":
+            train_step = locus_mini.train_step
 
-            def stopped(policy, optimizer, cues, step, *rest, usual=usual):
+            def stopped_train_step(policy, optimizer, cues, step, *rest, train_step=train_step):
                 if step == 2:
                     raise KeyboardInterrupt
-                return usual(policy, optimizer, cues, step, *rest)
+                return train_step(policy, optimizer, cues, step, *rest)
 
             with monkeypatch.context() as patch:
-                patch.setattr(locus_mini, "train_step", stopped)
+                patch.setattr(locus_mini, "train_step", stopped_train_step)
                 with pytest.raises(SystemExit):
                     main()
             monkeypatch.setattr(sys, "argv", ["x", variant, "--resume", str(tmp_path / name)])
         main()
-    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "halved")]
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    last = json.loads((tmp_path / "halved" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["skipped"] == 0 and last["grad_norm"] > 0
 
 
@@ -231,6 +218,7 @@ def test_every_control_trains_and_goes_on_where_it_was_stopped(extra, tmp_path, 
         ("best", {"beta": 0.1}),
         ("shuffled", {"data": "coco"}),
         ("questions", {"data": "photos"}),
+        ("random", {"dry_run": True}),
     ],
 )
 def test_variants_that_make_no_sense_are_refused(name, flags):
@@ -238,26 +226,34 @@ def test_variants_that_make_no_sense_are_refused(name, flags):
         variant_flags(name, flags)
 
 
-def test_imitation_goes_without_the_kl():
+def test_imitation_has_no_kl():
     assert variant_flags("best", {})["beta"] == variant_flags("sft", {"beta": 0.0})["beta"] == 0
     assert "beta" not in variant_flags("random", {})
 
 
-@pytest.mark.parametrize("words", [[], ["sfd"]])
-def test_an_unknown_variant_names_the_known_ones(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", *words])
+@pytest.mark.parametrize("arguments", [[], ["sfd"]])
+def test_an_unknown_variant_is_refused_with_the_list_of_variants(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and "shuffled" in capsys.readouterr().err
 
 
-def test_a_group_of_one_random_model_answers_is_imitated(policy):
-    """On both families' random models: the loss of what was kept falls."""
-    items = prompts(policy, 3)
-    rollouts = rollout(policy, collate(policy, items), 4, 10, torch.Generator().manual_seed(1))
+def test_the_best_completions_of_a_random_model_are_imitated(policy):
+    """On both families' random models: the loss of the completions that were kept falls."""
+    encoded = prompts(policy, 3)
+    rollouts = rollout(policy, collate(policy, encoded), 4, 10, torch.Generator().manual_seed(1))
     kept, better = best_completions(rollouts, torch.rand(3, 4, generator=torch.Generator().manual_seed(2)))
     cfg = Config(beta=0.0, prompts=3, max_new_tokens=10, lr=0.01)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.01)
-    share = [(collate(policy, items), kept, better, None)]
-    losses = [locus_mini.optimizer_step(policy, optimizer, share, cfg, sft_loss)["loss"] for _ in range(5)]
+    parts = [(collate(policy, encoded), kept, better, None)]
+    losses = [locus_mini.optimizer_step(policy, optimizer, parts, cfg, sft_loss)["loss"] for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+def test_help_lists_the_variants(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"    {name} " in out for name in VARIANTS)

@@ -170,19 +170,19 @@ def test_easyr1_rows_hold_its_contract(tmp_path, monkeypatch, coco, capsys):
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_trl_rows_are_the_cues_of_the_loop(tmp_path, monkeypatch, coco, kind):
-    out, tools = tmp_path / "out", qwen_tools(kind)
-    frame = tools.family.box_frame
+    out, loop_processor = tmp_path / "out", qwen_tools(kind)
+    frame = loop_processor.family.box_frame
     assert run(monkeypatch, out, "--format", "trl", "--frame", frame, "--limit", 6, "--seed", 3, *coco) == 0
     files = dict(zip(("annotations", "images", "exclude"), map(Path, coco[3::2])))
     cues = open_cues("coco", "train", 3, CueConfig(), expressions=None, **files)
-    (low, high), processor = tools.family.image_pixels, tools.image_processor
+    (low, high), processor = loop_processor.family.image_pixels, loop_processor.image_processor
     for i, row in enumerate(rows(out)):
-        item = encode_cue(tools, cues[i], "object")
+        item = encode_cue(loop_processor, cues[i], "object")
         assert row["box"] == pytest.approx(item.frame.to_units(cues[i].box), abs=1e-5)
         assert row["frame"] == [item.frame.width, item.frame.height, item.frame.units_x, item.frame.units_y]
         (message,) = row["prompt"]
         assert [part["type"] for part in message["content"]] == ["image", "image", "text"]
-        assert message["content"][-1]["text"] == prompt_text(tools.family, "cue")
+        assert message["content"][-1]["text"] == prompt_text(loop_processor.family, "cue")
         for name, picture in zip(row["images"], item.images):
             with Image.open(out / name) as image:  # TRL has one pair of limits, that of full images
                 size = {"shortest_edge": low, "longest_edge": high}
@@ -226,26 +226,30 @@ def test_boxes_survive_what_the_engine_does_to_the_image(frame):
 
 @pytest.mark.parametrize("engine", ["easyr1", "trl"])
 def test_an_interrupted_export_goes_on_to_the_same_files(tmp_path, monkeypatch, capsys, engine):
-    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ["--format", engine, "--seed", 5]
-    assert run(monkeypatch, whole, *flags, "--limit", 12) == 0
-    assert run(monkeypatch, cut, *flags, "--limit", 7) == 0
-    lines = (cut / "train.jsonl").read_bytes().splitlines(keepends=True)
-    (cut / "train.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed in the middle of row 5
-    (cut / "crops" / "train-000005.png").write_bytes(b"half a crop")
-    assert run(monkeypatch, cut, *flags, "--limit", 12) == 0
-    assert contents(cut) == contents(whole)
-    before = (cut / "train.jsonl").stat().st_mtime_ns
+    complete, interrupted, flags = tmp_path / "whole", tmp_path / "cut", ["--format", engine, "--seed", 5]
+    assert run(monkeypatch, complete, *flags, "--limit", 12) == 0
+    assert run(monkeypatch, interrupted, *flags, "--limit", 7) == 0
+    lines = (interrupted / "train.jsonl").read_bytes().splitlines(keepends=True)
+    (interrupted / "train.jsonl").write_bytes(
+        b"".join(lines[:5]) + lines[5][:40]
+    )  # killed in the middle of row 5
+    (interrupted / "crops" / "train-000005.png").write_bytes(b"half a crop")
+    assert run(monkeypatch, interrupted, *flags, "--limit", 12) == 0
+    assert contents(interrupted) == contents(complete)
+    before = (interrupted / "train.jsonl").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(monkeypatch, cut, *flags, "--limit", 12) == 0  # complete
+    assert run(monkeypatch, interrupted, *flags, "--limit", 12) == 0  # complete
     assert "complete: 12 cues" in capsys.readouterr().out
-    assert (cut / "train.jsonl").stat().st_mtime_ns == before or contents(cut) == contents(whole)
+    assert (interrupted / "train.jsonl").stat().st_mtime_ns == before or contents(interrupted) == contents(
+        complete
+    )
 
 
 def test_a_stop_while_rows_are_written_is_no_traceback(tmp_path, monkeypatch, capsys):
-    asked = []
+    drawn_indices = []
 
     def draw(self, index):
-        asked.append(index)
+        drawn_indices.append(index)
         if index == 3:
             raise KeyboardInterrupt
         return drawn(self, index)

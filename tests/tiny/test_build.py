@@ -1,4 +1,4 @@
-"""The builder of the embedded model: its tokenizer, its short cuts against the long way, and its resuming."""
+"""The build of the embedded model: its tokenizer, its fast paths against slow ones, and how it resumes."""
 
 import random
 import sys
@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture
 def build(tmp_path):
-    """An untrained build on the CPU with three examples that are all in sight."""
+    """An untrained build on the CPU with three examples, and `images`: each one's image and crops."""
     build = tiny_build.Build(tmp_path / "model", 1.0, 0)
     build.model.cpu()
     build.heads.cpu()
@@ -70,81 +70,77 @@ def test_tags_words_and_digits_are_single_tokens(tokenizer):
     assert len(set(tokenizer(words).input_ids[i][0] for i in range(len(words)))) == len(words)
 
 
-def test_look_is_image_processor_and_vision_tower(build):
+def test_image_tokens_are_those_of_image_processor_and_vision_tower(build):
     visual, processor = build.model.model.visual, architecture.build_image_processor()
-    for pictures in ([image for image, _ in build.images], build.images[0][1]):
-        seen = processor(pictures, return_tensors="pt")
+    for images in ([image for image, _ in build.images], build.images[0][1]):
+        inputs = processor(images, return_tensors="pt")
         with torch.no_grad():
-            theirs = visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
-            ours = tiny_build.compute_image_tokens(visual, pictures).flatten(0, 1)
-        assert (theirs - ours).abs().max() < 1e-5
+            expected = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+            tokens = tiny_build.compute_image_tokens(visual, images).flatten(0, 1)
+        assert (expected - tokens).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("turns_of", [(16, tiny_build.WORDS_FIRST), (8, tiny_build.FINDING, 1 / 3)])
+@pytest.mark.parametrize("settings", [dict(step=0, words_first=1), dict(step=0, crop_share=1 / 3)])
 @torch.no_grad()
-def test_a_turn_in_a_row_is_the_same_turn_alone(build, turns_of, monkeypatch):
-    """Positions and loss of the packed turns, against data.encode and the whole model turn by turn."""
-    turns, given, draw_turn = [], {}, tiny_build.draw_turn
+def test_a_turn_in_a_row_is_the_same_turn_alone(build, settings, monkeypatch):
+    """Positions and loss of the packed turns, against prompts.encode and the whole model, turn by turn."""
+    turns, inputs, draw_turn = [], {}, tiny_build.draw_turn
 
-    def remembered(rng, example, *rest):
+    def recorded_draw_turn(rng, example, *rest):
         turns.append((build.examples.index(example), *draw_turn(rng, example, *rest)))
         return turns[-1][1:]
 
-    monkeypatch.setattr(tiny_build, "draw_turn", remembered)
-    with build.model.register_forward_pre_hook(lambda *call: given.update(call[2]), with_kwargs=True):
-        loss, _ = build.turns_loss(random.Random("turns"), *turns_of)
+    monkeypatch.setattr(tiny_build, "draw_turn", recorded_draw_turn)
+    with build.model.register_forward_pre_hook(lambda *call: inputs.update(call[2]), with_kwargs=True):
+        loss, _ = build.turns_loss(random.Random("turns"), **settings)
     assert {len(images) for *_, images in turns} == {1, 2}
-    processor = Processor(
-        build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "<|image_pad|>"
-    )
+    assert len(turns) == tiny_build.TURNS * (16 if "words_first" in settings else 8)
+    image_processor = architecture.build_image_processor()
+    processor = Processor(build.tokenizer, image_processor, FAMILIES["tiny"], "<|image_pad|>")
     policy = make_policy(build.model, processor, torch.device("cpu"))
     total, count = 0.0, 0
     for i, (index, text, images) in enumerate(turns):
         image, crops = build.images[index]
-        shown = [id(tokens) for _, tokens in build.examples[index][2]]
-        crop = crops[shown.index(id(images[1]))] if len(images) == 2 else None
-        asked, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
-        item = encode(processor, asked.rpartition("<|vision_end|>")[2], image, crop=crop)
-        ids = torch.cat([item.input_ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
+        crop_ids = [id(tokens) for _, tokens in build.examples[index][2]]
+        crop = crops[crop_ids.index(id(images[1]))] if len(images) == 2 else None
+        question, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
+        prompt = encode(processor, question.rpartition("<|vision_end|>")[2], image, crop=crop)
+        ids = torch.cat([prompt.input_ids, build.tokenizer(answer, return_tensors="pt").input_ids[0]])
         assert ids.tolist() == build.tokenizer(text).input_ids
-        P, T = len(item.input_ids), len(ids) - len(item.input_ids)
-        seen = {"pixel_values": torch.cat([p.pixel_values for p in item.images])}
-        seen |= {"image_grid_thw": torch.stack([p.grid_thw for p in item.images])}
-        kinds = F.pad(item.mm_token_type_ids, (0, T))
-        logits = build.model(input_ids=ids[None], mm_token_type_ids=kinds[None], **seen).logits[0, P - 1 : -1]
+        P, T = len(prompt.input_ids), len(ids) - len(prompt.input_ids)
+        vision = {"pixel_values": torch.cat([part.pixel_values for part in prompt.images])}
+        vision |= {"image_grid_thw": torch.stack([part.grid_thw for part in prompt.images])}
+        types = F.pad(prompt.mm_token_type_ids, (0, T))
+        logits = build.model(input_ids=ids[None], mm_token_type_ids=types[None], **vision).logits[
+            0, P - 1 : -1
+        ]
         total += F.cross_entropy(logits, ids[P:], reduction="sum").item()
         count += T
-        batch = collate(policy, [item])
-        after = (batch.completion_start + torch.arange(T)).expand(3, -1)
-        places = torch.cat([batch.position_ids[:, 0], after], 1)  # [3, P + T]
+        batch = collate(policy, [prompt])
+        answer_positions = (batch.completion_start + torch.arange(T)).expand(3, -1)
+        position_ids = torch.cat([batch.position_ids[:, 0], answer_positions], 1)  # [3, P + T]
         if i % tiny_build.TURNS == 0:
             column = 0
         else:
-            places = places[:, len(build.tokenizer(tiny_build.SCENE).input_ids) :]
-        row = given["position_ids"][:, i // tiny_build.TURNS]
-        assert torch.equal(row[:, column : column + places.shape[1]], places)
-        column += places.shape[1]
+            position_ids = position_ids[:, len(build.tokenizer(tiny_build.SCENE).input_ids) :]
+        row = inputs["position_ids"][:, i // tiny_build.TURNS]
+        assert torch.equal(row[:, column : column + position_ids.shape[1]], position_ids)
+        column += position_ids.shape[1]
     assert abs(loss.item() - total / count) < 1e-4
 
 
 def test_of_two_centres_in_a_cell_the_nearer_counts(build, monkeypatch):
-    """A box of the thing that loses its cell changes nothing but the picture, which is held fixed here."""
-    near, far = (
-        scenes.SceneObject("red", "star", (8, 8, 24, 24)),
-        scenes.SceneObject("blue", "ring", (24, 24, 38, 38)),
-    )
+    """The box of the object that loses its cell changes only the image, which is held fixed here."""
+    near = scenes.SceneObject("red", "star", (8, 8, 24, 24))
+    far = scenes.SceneObject("blue", "ring", (24, 24, 38, 38))
     image = scenes.render(scenes.Scene([near, far], (40, 40, 40)))
-    monkeypatch.setattr(
-        tiny_build, "random_crop", lambda rng, scene, scene_object: image.crop((0, 0, 64, 64))
-    )
+    monkeypatch.setattr(tiny_build, "random_crop", lambda *_: image.crop((0, 0, 64, 64)))
     losses = []
     for objects in ([near, far], [far, near], [near]):
         scene = scenes.Scene(objects, (40, 40, 40))
-        monkeypatch.setattr(
-            tiny_build, "random_scene", lambda rng, count, suppressed, scene=scene: (scene, image)
-        )
-        first = SimpleNamespace(choice=lambda _: near, random=lambda: 0.5, randint=lambda *_: 3)
-        losses.append(build.vision_loss(first)[0].item())
+        monkeypatch.setattr(tiny_build, "random_scene", lambda *_, scene=scene, **__: (scene, image))
+        rng = SimpleNamespace(choice=lambda _: near, random=lambda: 0.5, randint=lambda *_: 3)
+        losses.append(build.vision_loss(rng)[0].item())
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -165,22 +161,22 @@ def test_queries_start_as_copies_of_the_keys_once(build, monkeypatch):
     assert not attention.q_proj.weight.any()
 
 
-def test_an_interrupted_stage_goes_on_from_its_last_minute(tmp_path, monkeypatch):
-    clock = iter(range(0, 100_000, 25))  # every look at it costs 25 seconds
+def test_a_stopped_stage_continues_from_its_last_minute(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 25))  # 25 seconds pass between any two calls
     monkeypatch.setattr(tiny_build, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(tiny_build, "STAGES", {"vision": 38, "language": 60, "two images": 2})
-    keys = []
+    draws = []
 
     def start(until):
         build = tiny_build.Build(tmp_path / "model", 20.0, 0)
 
-        def loss_of(rng, done):
-            keys.append(rng.random())
-            if len(keys) > until:
+        def loss_function(rng, step):
+            draws.append(rng.random())
+            if len(draws) > until:
                 raise KeyboardInterrupt
             return sum((p**2).sum() for p in build.heads.parameters()), {}
 
-        build.train("vision", 1e-3, list(build.heads.parameters()), loss_of)
+        build.train("vision", 1e-3, list(build.heads.parameters()), loss_function)
         return build
 
     with pytest.raises(KeyboardInterrupt):
@@ -192,15 +188,15 @@ def test_an_interrupted_stage_goes_on_from_its_last_minute(tmp_path, monkeypatch
         tiny_build.Build(tmp_path / "model", 20.0, 0).heads["digits"].weight, state["heads"]["digits.weight"]
     )
     build = start(until=1000)
-    drawn = [random.Random(f"pretraining/0/vision/{i}").random() for i in range(19)]
-    assert keys == drawn[:7] + drawn[5:]
+    expected = [random.Random(f"pretraining/0/vision/{i}").random() for i in range(19)]
+    assert draws == expected[:7] + expected[5:]
     assert build.state["steps"] == {"vision": 19, "language": 0, "two images": 0}
     assert all(s["step"] == 19 for s in build.state["optimizer"]["state"].values())
 
 
-def test_a_small_build_is_an_ordinary_folder_and_needs_no_second(tmp_path, monkeypatch):
+def test_a_build_is_an_ordinary_folder_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_build, "EXAMPLES", 100)
-    monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(tmp_path / "model"), "--minutes", "0.05"])
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "model"), "--minutes", "0.05"])
     tiny_build.main()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.config.locus_family == "tiny" and not model.generation_config.do_sample
@@ -213,3 +209,12 @@ def test_a_small_build_is_an_ordinary_folder_and_needs_no_second(tmp_path, monke
     tiny_build.main()
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_make_no_sense_are_refused(minutes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "model"), "--minutes", minutes])
+    with pytest.raises(SystemExit) as stopped:
+        tiny_build.main()
+    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,3 +1,5 @@
+"""Scenes: what is drawn, which questions are asked, and that each question has its one answer."""
+
 import random
 from collections import Counter
 from itertools import combinations
@@ -15,7 +17,7 @@ def layouts(count: int, seed: str, low: int = 1, high: int = 16):
         yield scenes.draw_layout(rng, rng.randint(low, high))
 
 
-def test_things_are_distinct_apart_and_inside():
+def test_objects_are_distinct_apart_and_inside():
     for scene in layouts(150, "apart"):
         assert len({scene_object.name for scene_object in scene.objects}) == len(scene.objects)
         for scene_object in scene.objects:
@@ -28,12 +30,12 @@ def test_things_are_distinct_apart_and_inside():
 
 
 @pytest.mark.parametrize("count", [1, 8, 16])
-def test_a_layout_has_as_many_things_as_asked(count):
+def test_a_layout_has_the_requested_number_of_objects(count):
     assert len(scenes.draw_layout(random.Random(count), count).objects) == count
 
 
-def test_most_things_are_tiny():
-    sides = [t.box[2] - t.box[0] for scene in layouts(300, "tiny") for t in scene.objects]
+def test_most_objects_are_tiny():
+    sides = [o.box[2] - o.box[0] for scene in layouts(300, "tiny") for o in scene.objects]
     tiny = [side**2 / SIDE**2 < 0.01 for side in sides]
     assert abs(np.mean(tiny) - scenes.TINY_SHARE) < 3 * (0.21 / len(tiny)) ** 0.5
     assert all(is_tiny or 0.01 <= side**2 / SIDE**2 <= 0.05 for is_tiny, side in zip(tiny, sides))
@@ -46,18 +48,16 @@ def test_every_question_has_exactly_its_answer():
             kinds[question.kind] += 1
             words = question.text.rstrip("?").split()
             if question.text.startswith("What shape is the "):
-                (scene_object,) = [t for t in scene.objects if t.color == words[4]]
+                (scene_object,) = [o for o in scene.objects if o.color == words[4]]
                 answer = scene_object.shape
             elif question.text.startswith("What color is the "):
-                (scene_object,) = [t for t in scene.objects if t.shape == words[4]]
+                (scene_object,) = [o for o in scene.objects if o.shape == words[4]]
                 answer = scene_object.color
             else:
                 assert question.text.startswith("Where is the ")
-                (scene_object,) = [t for t in scene.objects if (t.color, t.shape) == tuple(words[3:])]
-                x, y = (
-                    (scene_object.box[0] + scene_object.box[2]) / 2,
-                    (scene_object.box[1] + scene_object.box[3]) / 2,
-                )
+                (scene_object,) = [o for o in scene.objects if (o.color, o.shape) == tuple(words[3:])]
+                x1, y1, x2, y2 = scene_object.box
+                x, y = (x1 + x2) / 2, (y1 + y2) / 2
                 assert abs(x - SIDE / 2) >= 8 and abs(y - SIDE / 2) >= 8
                 answer = ("top " if y < SIDE / 2 else "bottom ") + ("left" if x < SIDE / 2 else "right")
             assert question.answer == answer
@@ -68,8 +68,8 @@ def test_every_question_has_exactly_its_answer():
 def test_no_question_is_missing():
     a, b, c = (SceneObject("red", "star", (0, 0, 16, 16)), SceneObject("red", "ring", (90, 0, 106, 16)),
                SceneObject("blue", "ring", (100, 100, 142, 142)))  # fmt: skip
-    asked = {(q.text, q.answer) for q in scenes.questions(Scene([a, b, c], (0, 0, 0)))}
-    assert asked == {
+    found = {(q.text, q.answer) for q in scenes.questions(Scene([a, b, c], (0, 0, 0)))}
+    assert found == {
         ("What color is the star?", "red"),
         ("What shape is the blue thing?", "ring"),
         ("Where is the red star?", "top left"),
@@ -78,28 +78,28 @@ def test_no_question_is_missing():
 
 
 def test_places_are_balanced():
-    asked = [
+    answers = [
         q.answer
         for scene in layouts(400, "places", 8, 12)
         for q in scenes.questions(scene)
         if q.kind == "place"
     ]
-    counts = Counter(asked)
+    counts = Counter(answers)
     assert set(counts) == set(PLACES)
-    expected = len(asked) / 4
+    expected = len(answers) / 4
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 16.3  # χ², 3 degrees, p = 0.001
 
 
 def test_colours_and_shapes_are_balanced():
-    objects = [t for scene in layouts(400, "kinds") for t in scene.objects]
-    for names, got in (
-        (COLORS, Counter(t.color for t in objects)),
-        (SHAPES, Counter(t.shape for t in objects)),
+    objects = [o for scene in layouts(400, "kinds") for o in scene.objects]
+    for names, counts in (
+        (COLORS, Counter(o.color for o in objects)),
+        (SHAPES, Counter(o.shape for o in objects)),
     ):
-        assert min(got[name] for name in names) > 0.8 * len(objects) / len(names)
+        assert min(counts[name] for name in names) > 0.8 * len(objects) / len(names)
 
 
-def test_a_seed_gives_one_picture():
+def test_a_seed_always_gives_the_same_image():
     for i in range(5):
         first, again = (scenes.draw_layout(random.Random(i), 12) for _ in range(2))
         assert first == again
@@ -110,13 +110,13 @@ def test_a_seed_gives_one_picture():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("color", COLORS)
-def test_a_thing_is_painted_inside_its_box_in_its_colour(color, shape):
+def test_an_object_is_drawn_inside_its_box_in_its_colour(color, shape):
     scene_object = SceneObject(color, shape, (40, 60, 56, 76))
-    picture = np.asarray(scenes.render(Scene([scene_object], (20, 30, 40)))).astype(int)
-    assert picture.shape == (SIDE, SIDE, 3)
-    changed = (picture != (20, 30, 40)).any(-1)
+    image = np.asarray(scenes.render(Scene([scene_object], (20, 30, 40)))).astype(int)
+    assert image.shape == (SIDE, SIDE, 3)
+    changed = (image != (20, 30, 40)).any(-1)
     assert changed[60:76, 40:56].sum() == changed.sum() > 0.2 * 16 * 16
-    assert (picture == COLORS[color]).all(-1).sum() > 20
+    assert (image == COLORS[color]).all(-1).sum() > 20
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert abs(rows[0] - 60) <= 1 and abs(rows[-1] - 75) <= 1  # the box is tight
     assert abs(columns[0] - 40) <= 1 and abs(columns[-1] - 55) <= 1
@@ -144,16 +144,16 @@ def test_keep_only_is_black_outside_and_equal_inside(box):
 
 
 def test_alone_in_its_cells_against_brute_force():
-    seen = Counter()
+    counts = Counter()
     for scene in layouts(60, "alone", 4, 16):
         for scene_object in scene.objects:
-            mine = cells_of(scene_object.box)
+            cells = cells_of(scene_object.box)
             alone = not any(
-                mine & cells_of(other.box) for other in scene.objects if other is not scene_object
+                cells & cells_of(other.box) for other in scene.objects if other is not scene_object
             )
             assert scenes.alone_in_its_cells(scene, scene_object.box) == alone
-            seen[alone] += 1
-    assert min(seen[True], seen[False]) > 20
+            counts[alone] += 1
+    assert min(counts[True], counts[False]) > 20
 
 
 def cells_of(box) -> set[tuple[int, int]]:

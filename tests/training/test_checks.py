@@ -1,4 +1,4 @@
-"""Bugs that raise nothing by themselves (DESIGN §7), each put in on purpose: the self-check must refuse."""
+"""Bugs that raise no error by themselves, each made on purpose: the self-check must refuse them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from policy import Policy, collate, rollout, token_logps
 from training.checks import self_check
 
 
-def fresh(kind: str = "qwen3_vl") -> Policy:
+def untrained_policy(kind: str = "qwen3_vl") -> Policy:
     return add_lora(random_policy(kind), 4)
 
 
@@ -22,55 +22,55 @@ def check(policy: Policy) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_nothing_is_found_where_nothing_is_wrong(kind):
-    assert check(fresh(kind))["rollout_gap"] < 1e-4
+def test_a_sound_policy_passes(kind):
+    assert check(untrained_policy(kind))["rollout_gap"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_one_dimensional_positions(kind, monkeypatch):
-    """What transformers falls back to without mm_token_type_ids."""
-    policy = fresh(kind)
+    """The positions of image tokens in transformers when mm_token_type_ids are missing."""
+    policy = untrained_policy(kind)
 
-    def flat(ids, mm_token_type_ids, image_grid_thw, attention_mask):
+    def flat_positions(ids, mm_token_type_ids, image_grid_thw, attention_mask):
         return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), None
 
-    monkeypatch.setattr(policy.base_model.model, "get_rope_index", flat)
+    monkeypatch.setattr(policy.base_model.model, "get_rope_index", flat_positions)
     with pytest.raises(UserError, match="one-dimensional"):
         check(policy)
 
 
-def test_a_mask_that_lets_answers_see_each_other(monkeypatch):
-    policy, right = fresh(), policy_module.group_mask
+def test_a_mask_that_lets_completions_see_each_other(monkeypatch):
+    policy, original = untrained_policy(), policy_module.group_mask
 
-    def leaky(segment_ids: torch.Tensor, queries: int | None = None) -> torch.Tensor:
-        return right(segment_ids.clamp(max=0), queries)
+    def leaky_mask(segment_ids: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        return original(segment_ids.clamp(max=0), queries)
 
-    monkeypatch.setattr(policy_module, "group_mask", leaky)
+    monkeypatch.setattr(policy_module, "group_mask", leaky_mask)
     with pytest.raises(UserError, match="disagree|without its group"):
         check(policy)
 
 
-def test_a_mask_that_is_wrong_in_training_alone(monkeypatch):
-    policy, right = fresh(), policy_module.group_mask
+def test_a_mask_that_is_wrong_only_in_training(monkeypatch):
+    policy, original = untrained_policy(), policy_module.group_mask
 
-    def leaky(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
-        return right(segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries)
+    def leaky_mask(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
+        return original(segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries)
 
-    monkeypatch.setattr(policy_module, "group_mask", leaky)
+    monkeypatch.setattr(policy_module, "group_mask", leaky_mask)
     with pytest.raises(UserError, match="disagree|without its group"):
         check(policy)
 
 
 def test_an_image_token_that_can_be_sampled():
-    policy = fresh()
+    policy = untrained_policy()
     policy.logit_bias = torch.zeros_like(policy.logit_bias)
     with pytest.raises(UserError, match="image tokens could be sampled"):
         check(policy)
 
 
 def test_a_sampled_image_token_breaks_the_pass_that_the_check_protects():
-    """Why the tokens are forbidden: an answer with one has more placeholders than features."""
-    policy = fresh()
+    """Why image tokens are forbidden: a completion with one has more placeholders than features."""
+    policy = untrained_policy()
     batch = collate(policy, prompts(policy, 1))
     tokens = torch.full((1, 1, 2), policy.base_model.config.image_token_id)
     with pytest.raises((ValueError, RuntimeError)):
@@ -79,7 +79,7 @@ def test_a_sampled_image_token_breaks_the_pass_that_the_check_protects():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapter_weights_in_half_precision(dtype):
-    policy = fresh()
+    policy = untrained_policy()
     for name, parameter in policy.model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -88,7 +88,7 @@ def test_adapter_weights_in_half_precision(dtype):
 
 
 def test_half_precision_adapters_would_not_move():
-    """The trap itself: AdamW at 1e-6 leaves bf16 weights of usual size where they are, float32 ones not."""
+    """The bug itself: a step of AdamW at 1e-6 is lost in bf16 weights of usual size, but not in float32."""
     for dtype, moves in ((torch.bfloat16, False), (torch.float32, True)):
         weight = nn.Parameter(torch.full((100,), 0.05, dtype=dtype))
         optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
@@ -100,27 +100,27 @@ def test_half_precision_adapters_would_not_move():
 
 
 def test_eager_attention():
-    policy = fresh()
+    policy = untrained_policy()
     policy.base_model.set_attn_implementation("eager")
     with pytest.raises(UserError, match="sdpa"):
         check(policy)
 
 
 def test_eager_attention_adds_our_mask_instead_of_applying_it():
-    """The trap itself: the same pass under eager attention, and answers see each other."""
-    policy = fresh()
+    """The bug itself: the same pass under eager attention, and completions see each other."""
+    policy = untrained_policy()
     torch.manual_seed(0)
     batch = collate(policy, prompts(policy, 2))
     rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
-    right = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
+    expected = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
     policy.base_model.set_attn_implementation("eager")
-    assert not torch.allclose(token_logps(policy, batch, rollouts.tokens, rollouts.mask), right, atol=1e-2)
+    assert not torch.allclose(token_logps(policy, batch, rollouts.tokens, rollouts.mask), expected, atol=1e-2)
 
 
 def test_weights_that_pass_no_gradient_after_a_rollout():
-    """What repacked 4-bit weights do on CPUs with AVX512-BF16: after the first pass without gradients, the
-    layer's input gets none."""
-    policy = fresh()
+    """On CPUs with AVX512-BF16 the first pass without gradients repacks 4-bit weights, and from then on the
+    layer's input gets no gradient."""
+    policy = untrained_policy()
 
     class Repacking(nn.Module):
         def __init__(self, inner: nn.Module):
@@ -139,8 +139,8 @@ def test_weights_that_pass_no_gradient_after_a_rollout():
         check(policy)
 
 
-def test_an_adapter_that_has_been_trained_is_no_fresh_one():
-    policy = fresh()
+def test_a_trained_adapter_is_not_the_reference():
+    policy = untrained_policy()
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -148,8 +148,8 @@ def test_an_adapter_that_has_been_trained_is_no_fresh_one():
         check(policy)
 
 
-def test_a_rollout_that_never_varies():
-    policy = fresh()
+def test_a_group_of_equal_completions():
+    policy = untrained_policy()
     policy.logit_bias[:] = -torch.inf
     policy.logit_bias[50] = 0
     with pytest.raises(UserError, match="same"):
@@ -157,11 +157,11 @@ def test_a_rollout_that_never_varies():
 
 
 def test_stale_rope_deltas_change_nothing():
-    """What an earlier call left in the model must not matter, since positions are always explicit."""
-    policy = fresh()
+    """Positions that an earlier call has left in the model do not matter: ours are always explicit."""
+    policy = untrained_policy()
     torch.manual_seed(0)
-    items = prompts(policy, 2)
-    batch = collate(policy, items)
+    batch_prompts = prompts(policy, 2)
+    batch = collate(policy, batch_prompts)
     rollouts = rollout(policy, batch, 2, 8)
     policy.base_model.model.rope_deltas = torch.tensor([[1000], [-7]])
-    assert torch.equal(rollout(policy, collate(policy, items), 2, 8).tokens, rollouts.tokens)
+    assert torch.equal(rollout(policy, collate(policy, batch_prompts), 2, 8).tokens, rollouts.tokens)

@@ -1,4 +1,4 @@
-"""Nothing lost: a run that was stopped, killed or out of disk goes on, and ends as if nothing had been."""
+"""A run that is stopped, killed or out of disk space resumes, and ends as if it had run without a break."""
 
 import json
 import os
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from random_models import noise
+from torch import nn
 
 import locus_mini
 from evaluation import heldout, reply_cache
+from files.errors import UserError
 from training import checks, run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -23,14 +25,14 @@ SMALL = ["--steps", 20, "--prompts", 4, "--num-generations", 4, "--max-new-token
 SMALL = [str(word) for word in (*SMALL, "--save-every", 4, "--show-every", 0)]
 
 
-def start(*arguments: object, **ways) -> subprocess.Popen:
+def start(*arguments: object, **kwargs) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "locus_mini.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **ways)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
 def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
-    """The main program's exit code and what it says on stderr, without the seconds of a new process."""
+    """The main program's exit code and its stderr, without the seconds that a new process takes."""
     monkeypatch.setattr(sys, "argv", ["locus_mini.py", *map(str, arguments)])
     code = 0
     try:
@@ -41,27 +43,27 @@ def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """Twenty steps in one go."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(tmp_path_factory) -> Path:
+    """A run of twenty steps without a break."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     process = start("--out", folder, *SMALL)
     assert process.wait(300) == 0, process.stderr.read()
     return folder
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory) -> Path:
-    """The same run, which got a SIGTERM in its tenth step."""
-    folder = tmp_path_factory.mktemp("halfway") / "run"
+def interrupted(tmp_path_factory) -> Path:
+    """The same run, stopped by a SIGTERM in its tenth step."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
     patch = pytest.MonkeyPatch()
-    usual = locus_mini.train_step
+    original = locus_mini.train_step
 
-    def signalled(policy, optimizer, cues, step, *rest):
+    def train_step_with_signal(policy, optimizer, cues, step, *rest):
         if step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return usual(policy, optimizer, cues, step, *rest)
+        return original(policy, optimizer, cues, step, *rest)
 
-    patch.setattr(locus_mini, "train_step", signalled)
+    patch.setattr(locus_mini, "train_step", train_step_with_signal)
     patch.setattr(sys, "argv", ["locus_mini.py", "--out", str(folder), *SMALL])
     with pytest.raises(SystemExit) as stopped:
         locus_mini.main()
@@ -71,8 +73,9 @@ def halfway(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def begun(halfway, tmp_path) -> Path:
-    return Path(shutil.copytree(halfway, tmp_path / "run"))
+def run(interrupted, tmp_path) -> Path:
+    """A copy of the interrupted run, which a test may resume or damage."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -80,15 +83,16 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) | {"seconds": 0} for line in lines]
 
 
-def assert_the_same_end(folder: Path, whole: Path) -> None:
-    assert metrics(folder) == metrics(whole)
+def assert_same_end(folder: Path, uninterrupted: Path) -> None:
+    """Metrics, adapter, scores, optimizer and checkpoints of a run equal those of the uninterrupted one."""
+    assert metrics(folder) == metrics(uninterrupted)
     assert [row["step"] for row in metrics(folder)] == list(range(20))
     name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    one, other = (json.loads((path / "results.json").read_text()) for path in (folder, whole))
+    assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    results, expected = (json.loads((path / "results.json").read_text()) for path in (folder, uninterrupted))
     for key in ("before", "after", "change", "baselines"):
-        assert one[key] == other[key]
-    states = [torch.load(path / "checkpoints/step-000020/optimizer.pt") for path in (folder, whole)]
+        assert results[key] == expected[key]
+    states = [torch.load(path / "checkpoints/step-000020/optimizer.pt") for path in (folder, uninterrupted)]
     for moments in zip(*(state["state"].values() for state in states), strict=True):
         assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
     assert [path.name for path in run_folder.checkpoints(folder)] == ["step-000016", "step-000020"]
@@ -97,46 +101,47 @@ def assert_the_same_end(folder: Path, whole: Path) -> None:
 # ---------------------------------------------------------------- resume
 
 
-def test_ten_and_ten_steps_are_twenty(begun, whole):
-    assert [row["step"] for row in metrics(begun)] == list(range(10))
-    assert [path.name for path in run_folder.checkpoints(begun)] == ["step-000008", "step-000010"]
-    assert not (begun / "results.json").exists() and not (begun / "adapter").exists(), "nothing is evaluated"
-    process = start("--resume", begun)
+def test_ten_and_ten_steps_are_twenty(run, uninterrupted):
+    assert [row["step"] for row in metrics(run)] == list(range(10))
+    assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
+    assert not (run / "results.json").exists() and not (run / "adapter").exists(), "nothing is evaluated"
+    process = start("--resume", run)
     assert process.wait(300) == 0, process.stderr.read()
-    assert_the_same_end(begun, whole)
+    assert_same_end(run, uninterrupted)
 
 
-def test_memory_flags_may_change_when_a_run_goes_on(begun, monkeypatch, capsys):
-    """As an out-of-memory error advises; anything else still refuses."""
-    code, said = in_process(
-        monkeypatch, capsys, "--resume", begun, "--micro-batch", 1, "--gradient-checkpointing"
+def test_memory_flags_may_change_when_a_run_is_resumed(run, monkeypatch, capsys):
+    """An out-of-memory error advises it. Any other setting must stay (see below)."""
+    flags = ("--micro-batch", 1, "--gradient-checkpointing")
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run, *flags)
+    assert code == 0, stderr
+    assert len(metrics(run)) == 20 and (run / "results.json").exists()
+
+
+def test_replies_of_the_base_model_are_not_generated_again(run, monkeypatch, capsys):
+    batch_sizes, original = [], reply_cache.generate_replies
+
+    def counting(policy, prompts, *rest):
+        prompts = list(prompts)
+        batch_sizes.append(len(prompts))
+        return original(policy, prompts, *rest)
+
+    monkeypatch.setattr(reply_cache, "generate_replies", counting)
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 0, stderr
+    assert sum(batch_sizes) == 6 + 6 + 12 + 12, (
+        "cue search, finding, questions with and without the rest black"
     )
-    assert code == 0, said
-    assert len(metrics(begun)) == 20 and (begun / "results.json").exists()
+    code, _ = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 0 and sum(batch_sizes) == 36, "a complete run generates nothing"
 
 
-def test_the_base_is_not_asked_again(begun, monkeypatch, capsys):
-    asked, usual = [], reply_cache.generate_replies
-
-    def counted(policy, items, *ways):
-        items = list(items)
-        asked.append(len(items))
-        return usual(policy, items, *ways)
-
-    monkeypatch.setattr(reply_cache, "generate_replies", counted)
-    code, said = in_process(monkeypatch, capsys, "--resume", begun)
-    assert code == 0, said
-    assert sum(asked) == 6 + 6 + 12 + 12, "cue search, finding, questions, and these suppressed, once"
-    code, _ = in_process(monkeypatch, capsys, "--resume", begun)
-    assert code == 0 and sum(asked) == 36, "a complete run has nothing to go on with"
-
-
-def test_kills_at_three_moments_change_nothing(whole, tmp_path):
-    """While the base is asked, between two checkpoints, and in the middle of writing one."""
+def test_kills_at_three_moments_change_nothing(uninterrupted, tmp_path):
+    """While the base model replies, between two checkpoints, and while a checkpoint is written."""
     folder = tmp_path / "run"
-    log, answers = folder / "metrics.jsonl", folder / "answers.jsonl"
+    log, replies = folder / "metrics.jsonl", folder / "answers.jsonl"
     moments = [
-        lambda: answers.exists() and answers.stat().st_size > 2000,
+        lambda: replies.exists() and replies.stat().st_size > 2000,
         lambda: log.exists() and log.read_bytes().count(b"\n") >= 6,
         lambda: any(folder.glob("checkpoints/*.new/*")),
     ]
@@ -150,23 +155,23 @@ def test_kills_at_three_moments_change_nothing(whole, tmp_path):
     assert len(run_folder.checkpoints(folder)) >= 1
     process = start("--resume", folder)
     assert process.wait(300) == 0, process.stderr.read()
-    assert_the_same_end(folder, whole)
+    assert_same_end(folder, uninterrupted)
 
 
-def test_what_a_kill_tore_is_done_again(begun, monkeypatch, capsys, whole):
-    with (begun / "metrics.jsonl").open("a") as file:
+def test_a_line_or_file_torn_by_a_kill_is_written_again(run, monkeypatch, capsys, uninterrupted):
+    with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "reward": 0.3}\n{"step": 11, "rew')
-    with (begun / "answers.jsonl").open("a") as file:
+    with (run / "answers.jsonl").open("a") as file:
         file.write('["after/cue search/0", ["<think>')
-    (begun / "checkpoints" / "step-000012.new").mkdir()
-    (begun / "config.json.new").write_text("{")
-    assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 0
-    assert_the_same_end(begun, whole)
-    assert not list(begun.glob("checkpoints/*.new"))
+    (run / "checkpoints" / "step-000012.new").mkdir()
+    (run / "config.json.new").write_text("{")
+    assert in_process(monkeypatch, capsys, "--resume", run)[0] == 0
+    assert_same_end(run, uninterrupted)
+    assert not list(run.glob("checkpoints/*.new"))
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle, as a bad disk does."""
+    """Flips one bit in the middle, as a bad disk does."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -176,10 +181,10 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_without_a_checkpoint_it_starts_at_step_0(begun, monkeypatch, capsys, whole):
-    shutil.rmtree(begun / "checkpoints")
-    assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 0
-    assert_the_same_end(begun, whole)
+def test_a_run_without_a_checkpoint_resumes_at_step_0(run, monkeypatch, capsys, uninterrupted):
+    shutil.rmtree(run / "checkpoints")
+    assert in_process(monkeypatch, capsys, "--resume", run)[0] == 0
+    assert_same_end(run, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_without_a_checkpoint_it_starts_at_step_0(begun, monkeypatch, capsys, wh
     [
         (lambda run: None, ["--lr", "0.5"], ["lr", "0.0007", "0.5"]),
         (lambda run: None, ["--steps", "30"], ["steps", "20", "30"]),
-        (lambda run: edit(run / "config.json", beta=0.5), [], ["step-000010", "beta", "0.04", "0.5"]),
+        (lambda run: edit(run / "config.json", beta=0.5), [], ["beta", "0.04", "0.5"]),
         (lambda run: edit(run / "config.json", weights="12345678"), [], ["weights", "12345678"]),
         (lambda run: (run / "config.json").unlink(), [], ["config.json"]),
         (lambda run: edit(run / "config.json", steps="twenty"), [], ["--steps", "twenty"]),
@@ -199,69 +204,70 @@ def test_without_a_checkpoint_it_starts_at_step_0(begun, monkeypatch, capsys, wh
         (lambda run: (run / "checkpoints/step-000010/state.json").unlink(), [], ["step-000010", "delete it"]),
     ],
 )
-def test_other_settings_and_damage_refuse_in_one_sentence(
-    change, arguments, names, begun, monkeypatch, capsys
-):
-    change(begun)
-    files = sorted(path for path in begun.rglob("*") if "answers" not in path.name)
-    code, said = in_process(monkeypatch, capsys, "--resume", begun, *arguments)
-    last = said.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in said and all(name in last for name in names), said
-    assert sorted(path for path in begun.rglob("*") if "answers" not in path.name) == files
+def test_other_settings_and_damage_are_one_sentence(change, arguments, names, run, monkeypatch, capsys):
+    change(run)
+    files = sorted(path for path in run.rglob("*") if "answers" not in path.name)
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run, *arguments)
+    last = stderr.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in stderr and all(name in last for name in names), stderr
+    assert sorted(path for path in run.rglob("*") if "answers" not in path.name) == files
 
 
-def test_a_damaged_checkpoint_leaves_the_one_before(begun, monkeypatch, capsys, whole):
-    (begun / "checkpoints/step-000010/adapter_model.safetensors").write_bytes(b"\x10")
-    assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 2
-    shutil.rmtree(begun / "checkpoints/step-000010")
-    assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 0
-    assert_the_same_end(begun, whole)
+def test_a_checkpoint_of_other_settings_is_refused(run):
+    with pytest.raises(UserError, match=r"step-000010 has beta 0\.04, not 0\.5"):
+        run_folder.load_checkpoint(run, nn.Linear(1, 1), None, {"beta": "0.5"})
 
 
-def test_changed_data_refuse(tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_leaves_the_one_before(run, monkeypatch, capsys, uninterrupted):
+    (run / "checkpoints/step-000010/adapter_model.safetensors").write_bytes(b"\x10")
+    assert in_process(monkeypatch, capsys, "--resume", run)[0] == 2
+    shutil.rmtree(run / "checkpoints/step-000010")
+    assert in_process(monkeypatch, capsys, "--resume", run)[0] == 0
+    assert_same_end(run, uninterrupted)
+
+
+def test_changed_images_are_refused(tmp_path, monkeypatch, capsys):
     for i in range(30):
         noise((320, 240), i).save(tmp_path / f"{i}.png")
 
-    def stopped(*_, **__):
+    def interrupted_train(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(locus_mini, "train", stopped)
+    monkeypatch.setattr(locus_mini, "train", interrupted_train)
     out = tmp_path / "run"
-    code, said = in_process(monkeypatch, capsys, "--out", out, "--data", tmp_path, *SMALL)
-    assert code == 130, said
+    code, stderr = in_process(monkeypatch, capsys, "--out", out, "--data", tmp_path, *SMALL)
+    assert code == 130, stderr
     noise((320, 240), 99).save(tmp_path / "7.png")
-    code, said = in_process(monkeypatch, capsys, "--resume", out)
-    assert code == 2 and "as of" in said
+    code, stderr = in_process(monkeypatch, capsys, "--resume", out)
+    assert code == 2 and "as of" in stderr
 
 
-def test_two_processes_do_not_share_a_run(begun, monkeypatch, capsys):
-    with run_folder.lock_run_folder(begun):
-        code, said = in_process(monkeypatch, capsys, "--resume", begun)
-    assert code == 2 and "at work" in said
+def test_two_processes_cannot_share_a_run(run, monkeypatch, capsys):
+    with run_folder.lock_run_folder(run):
+        code, stderr = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 2 and "at work" in stderr
 
 
-def test_out_on_a_run_names_resume(begun, monkeypatch, capsys):
-    code, said = in_process(monkeypatch, capsys, "--out", begun, *SMALL)
-    assert code == 2 and f"--resume {begun}" in said
+def test_out_with_the_folder_of_a_run_names_resume(run, monkeypatch, capsys):
+    code, stderr = in_process(monkeypatch, capsys, "--out", run, *SMALL)
+    assert code == 2 and f"--resume {run}" in stderr
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(begun, monkeypatch, capsys, whole):
-    resource = pytest.importorskip(
-        "resource", reason="file sizes are limited by resource, which Windows lacks"
-    )
+def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(run, monkeypatch, capsys, uninterrupted):
+    resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
 
-    def small_files() -> None:
+    def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    assert (begun / "checkpoints/step-000010/optimizer.pt").stat().st_size > 300_000
-    assert (begun / "answers.jsonl").stat().st_size < 100_000
-    process = start("--resume", begun, preexec_fn=small_files)
+    assert (run / "checkpoints/step-000010/optimizer.pt").stat().st_size > 300_000
+    assert (run / "answers.jsonl").stat().st_size < 100_000
+    process = start("--resume", run, preexec_fn=limit_file_size)
     assert process.wait(300) == 2
-    said = process.stderr.read()
-    assert "cannot be written" in said and "--resume" in said and "Traceback" not in said
-    assert [path.name for path in run_folder.checkpoints(begun)] == ["step-000008", "step-000010"]
-    assert in_process(monkeypatch, capsys, "--resume", begun)[0] == 0
-    assert_the_same_end(begun, whole)
+    stderr = process.stderr.read()
+    assert "cannot be written" in stderr and "--resume" in stderr and "Traceback" not in stderr
+    assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
+    assert in_process(monkeypatch, capsys, "--resume", run)[0] == 0
+    assert_same_end(run, uninterrupted)
 
 
 # ---------------------------------------------------------------- interruption
@@ -279,81 +285,84 @@ locus_mini.main()
 """
 
 
-def test_a_second_interrupt_stops_at_once(begun):
-    command = [sys.executable, "-c", SLOW, "--resume", str(begun)]
+def test_a_second_interrupt_stops_at_once(run):
+    command = [sys.executable, "-c", SLOW, "--resume", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 130 and "once more stops at once" in done.stderr
-    assert [path.name for path in run_folder.checkpoints(begun)] == ["step-000008", "step-000010"]
+    assert done.returncode == 130 and "Interrupt again to stop at once" in done.stderr
+    assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_says_how_to_go_on_wherever_it_comes(number, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
+def test_an_interrupt_at_any_time_prints_the_command_that_resumes(number, tmp_path, monkeypatch, capsys):
+    def interrupted_evaluate(*_):
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    monkeypatch.setattr(heldout, "evaluate", interrupted)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` may have it ignored
-    code, said = in_process(monkeypatch, capsys, "--out", tmp_path / "run", *SMALL)
-    signal.signal(signal.SIGINT, usual)
-    assert code == 130 and f"--resume {tmp_path / 'run'}" in said
+    monkeypatch.setattr(heldout, "evaluate", interrupted_evaluate)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` may ignore the signal
+    code, stderr = in_process(monkeypatch, capsys, "--out", tmp_path / "run", *SMALL)
+    signal.signal(signal.SIGINT, previous)
+    assert code == 130
+    assert f"Stopped. Resume with: python locus_mini.py --resume {tmp_path / 'run'}" in stderr
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- warnings
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_steps_that_are_not_finite_change_nothing_and_five_end_the_run(what, begun, monkeypatch, capsys):
-    usual = locus_mini.grpo_loss
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_steps_that_are_not_finite_change_nothing_and_five_end_the_run(broken, run, monkeypatch, capsys):
+    original = locus_mini.grpo_loss
 
-    def broken(logps, *rest):
-        loss, stats = usual(logps, *rest)
-        if what == "loss":
+    def broken_loss(logps, *rest):
+        loss, stats = original(logps, *rest)
+        if broken == "loss":
             return loss + torch.inf, stats
         return loss + 0 * (logps - logps.detach()).abs().sqrt().sum(), stats  # √ at 0: its gradient is 0 · ∞
 
-    monkeypatch.setattr(locus_mini, "grpo_loss", broken)
-    code, said = in_process(monkeypatch, capsys, "--resume", begun)
-    assert code == 2 and "Five steps in a row were not finite" in said
-    assert [row["skipped"] for row in metrics(begun)] == [0] * 10 + [1] * 5
-    assert run_folder.checkpoints(begun)[-1].name == "step-000015"
-    states = [path / "adapter_model.safetensors" for path in run_folder.checkpoints(begun)]
+    monkeypatch.setattr(locus_mini, "grpo_loss", broken_loss)
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 2 and "Five steps in a row were not finite" in stderr
+    assert [row["skipped"] for row in metrics(run)] == [0] * 10 + [1] * 5
+    assert run_folder.checkpoints(run)[-1].name == "step-000015"
+    states = [path / "adapter_model.safetensors" for path in run_folder.checkpoints(run)]
     assert states[-1].read_bytes() == states[-2].read_bytes()
-    assert said.count("was not finite") == 5
+    assert stderr.count("was not finite") == 5
 
 
 FINE = {"skipped": 0.0, "completions/clipped_ratio": 0.0, "kl": 0.1, "frac_reward_zero_std": 0.2}
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "text"),
     [
         ({"skipped": 1.0}, "not finite"),
         ({"completions/clipped_ratio": 0.5}, "--max-new-tokens"),
         ({"kl": 1.2}, "--kl-limit 1"),
     ],
 )
-def test_what_goes_wrong_is_said_when_it_begins(change, words):
+def test_a_problem_warns_in_its_first_step(change, text):
     assert checks.step_warnings([FINE, FINE], 1.0) == []
-    (said,) = checks.step_warnings([FINE, FINE | change], 1.0)
-    assert words in said
-    assert checks.step_warnings([FINE | change], 1.0) == [said], "in the first step too"
+    (warning,) = checks.step_warnings([FINE, FINE | change], 1.0)
+    assert text in warning
+    assert checks.step_warnings([FINE | change], 1.0) == [warning], "in the first step of a run too"
     if "skipped" not in change:
         assert checks.step_warnings([FINE | change, FINE | change], 1.0) == [], "not at every step"
 
 
-def test_groups_that_teach_nothing_for_twenty_steps_are_said_with_the_likely_causes():
-    still = FINE | {"frac_reward_zero_std": 1.0}
-    said = [len(checks.step_warnings([FINE] + [still] * n, 1.0)) for n in range(41)]
-    assert said == [n in (20, 40) for n in range(41)]
-    (warning,) = checks.step_warnings([still] * 20, 1.0)
+def test_twenty_steps_of_equal_rewards_warn_with_the_likely_causes():
+    idle = FINE | {"frac_reward_zero_std": 1.0}
+    warnings = [len(checks.step_warnings([FINE] + [idle] * n, 1.0)) for n in range(41)]
+    assert warnings == [n in (20, 40) for n in range(41)]
+    (warning,) = checks.step_warnings([idle] * 20, 1.0)
     assert all(word in warning for word in ("--box-frame", "format", "--max-new-tokens"))
 
 
 # ---------------------------------------------------------------- trust
 
 
-class Evil:
+class MaliciousPickle:
+    """Creates a file when it is unpickled."""
+
     def __init__(self, file: Path):
         self.file = file
 
@@ -361,11 +370,11 @@ class Evil:
         return Path.touch, (self.file,)
 
 
-def test_a_pickle_in_a_checkpoint_is_never_run(begun, tmp_path, monkeypatch, capsys):
-    with (begun / "checkpoints/step-000010/optimizer.pt").open("wb") as file:
-        pickle.dump(Evil(tmp_path / "was run"), file, protocol=2)
-    last = begun / "checkpoints/step-000010"
+def test_a_pickle_in_a_checkpoint_is_never_run(run, tmp_path, monkeypatch, capsys):
+    with (run / "checkpoints/step-000010/optimizer.pt").open("wb") as file:
+        pickle.dump(MaliciousPickle(tmp_path / "was run"), file, protocol=2)
+    last = run / "checkpoints/step-000010"
     edit(last / "state.json", **run_folder.checksums(last))
-    code, said = in_process(monkeypatch, capsys, "--resume", begun)
-    assert code == 2 and "damaged" in said
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 2 and "damaged" in stderr
     assert not (tmp_path / "was run").exists()
