@@ -3,6 +3,7 @@
     python eval.py scenes [--adapter runs/NAME/adapter]              every table, on the embedded world
     python eval.py cues --data coco --annotations FILE --images DIR  cue search on held-out photos
     python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (evaluation/)
+    python eval.py table --data FILE.tsv --model …                   your own multiple-choice questions
     python eval.py ask IMAGE QUESTION [--adapter …]                  both answers, and where each model looks
 
 What differs from a typical evaluation script:
@@ -45,6 +46,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
+    parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
     for name in ("n", "max_new_tokens", "batch"):
@@ -165,7 +167,7 @@ def benchmark_task(session: Session) -> dict[str, Any]:
         for style in styles:
             make = partial(benchmark_prompt, processor=session.processor, think=style == "think")
             add_judged(session, scores, style, f"{name}/{style}", samples, make)
-        if any(sample.boxes for sample in samples) and samples[0].kind == "choice":
+        if samples[0].kind == "choice" and any(sample.boxes for sample in samples):
             add_evidence(session, name, samples, model_scores)
         results[name] = scores.summary
     for style in styles:
@@ -183,26 +185,31 @@ def add_judged(
     session: Session, scores: Scores, name: str, key: str, samples: list, make_prompt: Callable
 ) -> None:
     """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
-    from evaluation.benchmarks import BENCHMARKS, aggregate, judge
+    from evaluation.benchmarks import BENCHMARKS, aggregate, export_predictions, judge
 
     prompts, ids = LazyList(make_prompt, samples), [sample.id for sample in samples]
-    rows = []
-    for sample, (text, frame) in zip(samples, session.generate(key, prompts, ids, True), strict=True):
+    rows, replies = [], session.generate(key, prompts, ids, True)
+    for sample, (text, frame) in zip(samples, replies, strict=True):
+        sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
         fields = {"fields": sample.fields, "answer": sample.answer}
-        rows.append(None if text is None else judge(sample, text, frame) | fields)
+        rows.append(None if text is None else judge(sample, text or "", frame) | fields)
+    if (path := session.args.export_vlmevalkit) and name != "black":
+        suffix = "" if key == ("after/direct" if session.args.adapter else "before/direct") else f"_{key}"
+        export_predictions(path.with_stem(path.stem + suffix.replace("/", "_")), samples, replies)
     judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders
         scores.groups[name] = [sample.question for sample in samples]
     figures = aggregate(session.args.task, judged_rows) if judged_rows else {}
-    scores.summary[name] = figures | {"errors": len(rows) - len(judged_rows)}
+    counts = {"errors": rows.count(None), "left_out": sum(sample.left_out for sample in samples)}
+    scores.summary[name] = figures | counts
 
 
 def add_evidence(session: Session, name: str, samples: list, model_scores: list[Scores]) -> None:
     """Where a benchmark has boxes of its evidence: suppression, attention, grounding of single objects."""
     scores, processor = model_scores[-1], session.processor
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
-    boxed_samples = [sample for sample in samples if sample.boxes]
+    boxed_samples = [sample for sample in samples if sample.boxes and not sample.left_out]
     make = partial(benchmark_prompt, processor=processor)
     add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, partial(make, suppressed=True))
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
@@ -227,7 +234,7 @@ def ask_task(session: Session) -> dict[str, Any]:
     for name, title in zip(session.each_model(), session.model_names):
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
-        print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply}")
+        print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply or '(empty)'}")
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
         names.append(f"{title}, predicting {answer_token!r}")

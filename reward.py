@@ -13,7 +13,16 @@ Box = tuple[float, float, float, float]  # (x1, y1, x2, y2), right and bottom ed
 
 # At most nine digits on each side of the point: no number overflows, and matching stays linear in the text.
 NUMBER = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?)\s*"
-BOX_PATTERN = re.compile(rf"\s*\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\s*")
+# The box as a bare list, or as Qwen writes it: {"bbox_2d": [1, 2, 3, 4], "label": "cup"}, by itself or alone
+# in a list, and either with or without a code fence. What is opened has to be closed: (?(name)…).
+LABEL = r'\s*"label"\s*:\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*'
+BOX_PATTERN = re.compile(
+    r"\s*(?P<fence>```(?:json)?\s*)?(?P<list>\[\s*(?={))?"
+    rf'(?P<object>{{(?:{LABEL},)?\s*"bbox_2d"\s*:\s*)?'
+    rf"\[(?P<numbers>{NUMBER},{NUMBER},{NUMBER},{NUMBER})\]\s*"
+    rf"(?(object)(?:,{LABEL})?}}\s*)(?(list)\]\s*)(?(fence)```\s*)",
+    re.DOTALL,
+)
 FORMAT_PATTERN = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
@@ -42,17 +51,19 @@ def parse_box(text: str) -> Box | None:
     """b̂ = Parse(ŷ): the box (x1, y1, x2, y2) inside the one answer block, in the model's frame.
 
     Spaces, line breaks and decimals are allowed, and up to nine digits on each side of the point. Anything
-    beside the four numbers gives None, and so does a box that is inverted or empty.
+    beside the one box gives None, and so does a box that is inverted or empty.
 
     >>> parse_box("<answer>[10, 20.5, 30, 40]</answer>")
     (10.0, 20.5, 30.0, 40.0)
+    >>> parse_box('<answer>[{"bbox_2d": [10, 20, 30, 40], "label": "cup"}]</answer>')
+    (10.0, 20.0, 30.0, 40.0)
     >>> parse_box("<answer>[30, 40, 10, 20]</answer>") is None
     True
     """
     match = BOX_PATTERN.fullmatch(answer_of(text) or "")
     if match is None:
         return None
-    x1, y1, x2, y2 = (float(coordinate_text) for coordinate_text in match.groups())
+    x1, y1, x2, y2 = (float(coordinate_text) for coordinate_text in match["numbers"].split(","))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 

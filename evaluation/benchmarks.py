@@ -4,7 +4,8 @@
     aggregate("pope", rows)["score"]
 
 Files are VLMEvalKit's tables (a question per row, images in base64) or V*Bench's own folders. They are read
-as a stream: of an image only its place in the file is kept, until the sample's images() are called.
+as a stream: of an image only its place in the file is kept, until the sample's images() are called. A row
+that cannot be read does not end a benchmark: it is left out, and counts as a wrong reply.
 """
 
 import ast
@@ -15,56 +16,72 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
 from evaluation.replies import answer_parts, box_of, choice_of, contains, yes_no
 from evaluation.scores import mean
 from files.errors import UserError
-from files.pictures import FORMATS
+from files.pictures import FORMATS, SUFFIXES, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
+OPENXLAB = "opencompass.openxlab.space/utils/"
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """How a benchmark is read and scored, and where it is published."""
 
-    file: str  # name or pattern
+    file: str  # name or pattern, or several: "a.tsv or b.tsv"
     kind: str = "choice"  # choice | yesno | box | string
-    source: str = "opencompass.openxlab.space/utils/VLMEval"  # or a data set of huggingface.co
+    source: str = OPENXLAB + "VLMEval"  # or a data set of huggingface.co
     over: tuple[str, ...] = ()  # the score is the mean over the groups of these columns, nested
+    own: str = ""  # glob of the data set's own files, where it has a folder of them
     judged: bool = False  # officially a model judges the replies, so our score by rules is not comparable
 
 
 HR_BENCH = partial(Benchmark, source="DreamMr/HR-Bench", over=("cycle_category",))
 CV_BENCH = {"cvbench": "CV-Bench-?D.tsv", "cvbench2d": "CV-Bench-2D.tsv", "cvbench3d": "CV-Bench-3D.tsv"}
 MME_REALWORLD = partial(Benchmark, source="yifanzhang114/MME-RealWorld-Base64")
-CHOICE = {"mmstar": "MMStar.tsv", "realworldqa": "RealWorldQA.tsv", "ai2d": "AI2D_TEST.tsv"}
+CHOICE = ("MMStar", "RealWorldQA", "AI2D_TEST", "BLINK", "MMVP")
 REFCOCO = Benchmark("RefCOCO*.tsv", "box", "mjuicem/RefCOCO-VLMEvalKit", ("split",))
-JUDGED = ("BabyVision", "MathVision", "MathVerse_MINIV", "WeMath", "LogicVista")
+VSTAR = "craigwu/vstar_bench (folders), xjtupanda/VStar_Bench"
+JUDGED = partial(Benchmark, judged=True)
 BENCHMARKS = {
-    "vstar": Benchmark("VStarBench.tsv", source="craigwu/vstar_bench (folders), xjtupanda/VStar_Bench"),
-    "hrbench4k": HR_BENCH("hr_bench_4k.tsv"),
-    "hrbench8k": HR_BENCH("hr_bench_8k.tsv"),
+    "table": Benchmark("*.tsv", source="your own questions, in the columns of MMStar.tsv"),
+    # Its own folders are direct_attributes and relative_position.
+    "vstar": Benchmark("VStarBench.tsv", source=VSTAR, own="[dr]*_[ap]*/[!.]*.json"),
+    "hrbench4k": HR_BENCH("hr_bench_4k.tsv or HRBench4K.tsv"),
+    "hrbench8k": HR_BENCH("hr_bench_8k.tsv or HRBench8K.tsv"),
+    "treebench": Benchmark("TreeBench.tsv", source="HaochenWang/TreeBench"),
     **{name: Benchmark(file, over=("split", "source")) for name, file in CV_BENCH.items()},
     "mme_realworld": MME_REALWORLD("MME-RealWorld.tsv"),
-    "mme_realworld_lite": MME_REALWORLD("mme_realworld_lite.tsv"),
-    **{name: Benchmark(file) for name, file in CHOICE.items()},
+    "mme_realworld_lite": MME_REALWORLD("mme_realworld_lite.tsv or MME-RealWorld-Lite.tsv"),
+    **{name.lower().partition("_")[0]: Benchmark(f"{name}.tsv") for name in CHOICE},
     "pope": Benchmark("POPE.tsv", "yesno"),
     "hallusionbench": Benchmark("HallusionBench.tsv", "yesno"),
     "ocrbench": Benchmark("OCRBench.tsv", "string"),
+    "countbenchqa": Benchmark("CountBenchQA.tsv", "string"),
     **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), REFCOCO),
-    **{name.lower().partition("_")[0]: Benchmark(f"{name}.tsv", judged=True) for name in JUDGED},
+    # VLMEvalKit unpacks BabyVision two folders below its own.
+    "babyvision": JUDGED("BabyVision.tsv", source="UnipatAI/BabyVision", own="**/meta_data.jsonl"),
+    "mathverse": JUDGED(
+        "MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=f"{OPENXLAB}benchmarks/MathVerse"
+    ),
+    **{name.lower(): JUDGED(f"{name}.tsv") for name in ("MathVision", "WeMath", "LogicVista")},
 }
+
+
+class BadSample(UserError, UnusableImage):
+    """Why a row of a benchmark's file, or an image of it, cannot be read."""
 
 
 @dataclass
@@ -77,44 +94,87 @@ class Sample:
     options: dict[str, str]  # letter: text
     answer: str  # a letter, "yes" or "no", or a text
     answers: tuple[str, ...]  # all that are accepted
-    fields: dict[str, str]  # short columns, by which figures are grouped
-    boxes: list[Box]  # evidence (V*) or target (RefCOCO), in pixels of the image
-    target: str  # V*: the name of the object that the question is on
+    row: dict[str, str]  # the cells of the file
+    file_boxes: list[Box]  # as they are in the file
     images: Callable[[], list[Image.Image]] = field(repr=False)
+    left_out: bool = False  # set where the images cannot be read
+
+    def __post_init__(self):
+        used = {"image", "image_path", "question", "answer", "boxes", *ascii_uppercase}
+        # The short cells that are left are those by which figures are grouped.
+        self.fields = {name: cell for name, cell in self.row.items() if name not in used and len(cell) <= 100}
+        self.target = self.row.get("target", "")  # V*: the name of the object that the question is on
+
+    @cached_property
+    def boxes(self) -> list[Box]:
+        """Evidence (V*) or target (RefCOCO), in pixels; the file may have shares of the image's sides."""
+        is_share = self.kind == "box" and max(self.file_boxes[0]) <= 1.5
+        width, height = self.images()[0].size if is_share else (1, 1)
+        return [(x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in self.file_boxes]
 
 
 # ---------------------------------------------------------------- from files to samples
 
 
 def read_samples(name: str, path: Path) -> Iterator[Sample]:
-    """A benchmark's samples, from its file or the folder of its files; UserError for what cannot be read."""
+    """A benchmark's samples, from its file or the folder of its files; UserError for what cannot be read.
+
+    Rows that cannot be read come last; their images() raise the reason.
+    """
     if name not in BENCHMARKS:
         raise UserError(f"{name} is no benchmark: give one of {', '.join(BENCHMARKS)}.")
-    pattern, ids = BENCHMARKS[name].file, set()
-    files = [file for file in path.glob("*.tsv") if fnmatch(file.name.lower(), pattern.lower())]
-    if name == "vstar":
-        files = [*path.glob("direct_attributes/*.json"), *path.glob("relative_position/*.json")] or files
-    for file in [path] if path.is_file() else sorted(files):
+    benchmark, kind, ids, bad = BENCHMARKS[name], BENCHMARKS[name].kind, set(), []
+    for file in [path] if path.is_file() else benchmark_files(benchmark, path):
         cells, number = {}, 1  # image cells by index: rows refer to each other's
         try:
-            for number, row in vstar_row(file) if file.suffix == ".json" else tsv_rows(file):  # noqa: B007
-                cells[row["index"]] = row.get("image", "")
-                if sample := sample_of(name, file, row, cells):
-                    if sample.id in ids:
-                        raise ValueError(f"{sample.id} occurs twice")
-                    ids.add(sample.id)
-                    yield sample
-        except (OSError, csv.Error, LookupError, TypeError, ValueError, SyntaxError, RecursionError) as error:
+            for number, read_row in file_rows(name, file):
+                row = {"pair": str(number // 2)} if name == "mmvp" else {}  # rows 2 and 3 share a question
+                try:
+                    row |= read_row()
+                    cells[row["index"]] = row.get("image", "")
+                    if sample := sample_of(name, file, row, cells):
+                        if sample.id in ids:
+                            raise ValueError(f"{sample.id} occurs twice")
+                        ids.add(sample.id)
+                        yield sample
+                except (LookupError, TypeError, ValueError, SyntaxError, RecursionError) as error:
+                    place = f"{file}, row {number}"
+                    reason = BadSample(f"{place} cannot be read ({error!r}): download it again.")
+                    # Of its answers, (), none can be right.
+                    bad.append(Sample(place, kind, "", {}, "", (), row, [], partial(raise_error, reason)))
+        except (OSError, csv.Error, ValueError) as error:
             raise UserError(f"{file}, row {number} cannot be read ({error!r}): download it again.") from None
+    if bad and not ids:
+        bad[0].images()
     if not ids:
-        raise UserError(f"{path} has nothing of {name}: get {pattern} from {BENCHMARKS[name].source}.")
+        raise UserError(f"{path} has nothing of {name}: get {benchmark.file} from {benchmark.source}.")
+    yield from bad
 
 
-def tsv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Row numbers (the header is row 1), and the cells that are not empty, by column.
+def benchmark_files(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """A benchmark's files in a folder: its own, or those of the first of its names that the folder has."""
+    own = sorted(folder.glob(benchmark.own)) if benchmark.own else []
+    tables, patterns = sorted(folder.glob("[!.]*.tsv")), benchmark.file.lower().split(" or ")
+    matches = ([file for file in tables if fnmatch(file.name.lower(), pattern)] for pattern in patterns)
+    return own or next(filter(None, matches), [])
 
-    pandas writes a missing value as an empty cell, or as "nan" among texts; "None" and "NA" are texts.
-    """
+
+def file_rows(name: str, path: Path) -> Iterable[tuple[int, Callable[[], dict[str, str]]]]:
+    """Row numbers, and for each row the function that reads its cells."""
+    if (name, path.suffix) == ("vstar", ".json"):
+        return [(1, partial(vstar_row, path))]
+    if (name, path.suffix) == ("babyvision", ".jsonl"):
+        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+        return [(number, partial(babyvision_row, line)) for number, line in lines if line.strip()]
+    return ((number, partial(tsv_row, cells)) for number, cells in tsv_rows(path))
+
+
+def raise_error(error: Exception) -> NoReturn:
+    raise error
+
+
+def tsv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Row numbers (the header is row 1) and the cells by column, as csv gives them."""
     image = re.compile(rb"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/=]{4096,}")  # base64: no text has such a long word
     csv.field_size_limit(2**31 - 1)
 
@@ -127,14 +187,30 @@ def tsv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 yield short.decode("utf-8" if start else "utf-8-sig")
                 start += len(line)
 
-    for number, cells in enumerate(csv.DictReader(lines(), delimiter="\t"), 2):
-        if None in cells or None in cells.values():  # so DictReader marks rows of too many or too few cells
-            raise ValueError(f"row {number} does not have as many cells as the header")
-        columns = {name.replace("l2_category", "l2-category"): cell.strip() for name, cell in cells.items()}
-        yield number, {name: cell for name, cell in columns.items() if cell not in ("", "nan")}
+    yield from enumerate(csv.DictReader(lines(), delimiter="\t"), 2)
 
 
-def vstar_row(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def tsv_row(cells: dict) -> dict[str, str]:
+    """The cells that are not empty, by column.
+
+    pandas writes a missing value as an empty cell, or as "nan" among texts; "None" and "NA" are texts.
+    """
+    if None in cells or None in cells.values():  # so DictReader marks rows of too many or too few cells
+        raise ValueError("it does not have as many cells as the header")
+    columns = {name.replace("l2_category", "l2-category"): cell.strip() for name, cell in cells.items()}
+    return {name: cell for name, cell in columns.items() if cell not in ("", "nan")}
+
+
+def babyvision_row(line: str) -> dict[str, str]:
+    """A line of BabyVision's meta_data.jsonl as a row; the right option is given by its number."""
+    item = json.loads(line)
+    options = dict(zip(ascii_uppercase, map(str, item.get("options") or [])))
+    answer = str(item["blankAns"]) if item["ansType"] == "blank" else list(options)[int(item["choiceAns"])]
+    row = {"index": str(item["taskId"]), "answer": answer, "category": item["type"]} | options
+    return row | {"image_path": item["image"], "question": item["question"]}
+
+
+def vstar_row(path: Path) -> dict[str, str]:
     """A JSON file of V*Bench as a row. Its right option comes first, so the file's name shuffles them."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     options = list(content["options"])
@@ -144,18 +220,23 @@ def vstar_row(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     row |= {"index": f"{path.parent.name}/{path.stem}", "category": path.parent.name}
     row |= {"question": content["question"], "target": " and ".join(content["target_object"])}
     row["boxes"] = json.dumps([(x, y, x + w, y + h) for x, y, w, h in content["bbox"]])
-    (row["image_path"],) = (f.name for f in path.parent.glob("*.*") if f.stem == path.stem and f != path)
-    yield 1, row
+    siblings = (file for file in path.parent.glob("*.*") if file.suffix.lower() in SUFFIXES)
+    row["image_path"] = min(file.name for file in siblings if file.stem == path.stem)  # .jpg before .png
+    return row
 
 
 def sample_of(name: str, path: Path, row: dict[str, str], cells: dict[str, str]) -> Sample | None:
     """A row as a sample; None where it has no image (officially left out too) or is of another data set."""
     if not row.keys() & {"image", "image_path"}:
         return None
-    benchmark, answer, boxes = BENCHMARKS[name], row["answer"], json.loads(row.get("boxes", "[]"))
-    used = {"image", "image_path", "question", "answer", "boxes", *ascii_uppercase}
-    fields = {column: cell for column, cell in row.items() if column not in used and len(cell) <= 100}
-    kind, images, answers, options = benchmark.kind, partial(read_images, path, row, cells), (answer,), {}
+    benchmark, images = BENCHMARKS[name], partial(read_images, path, row, cells)
+    kind, options = benchmark.kind, {}
+    if kind == "box":
+        row["split"] = row.get("split") or row.get("category") or path.stem
+        if re.match(r"[a-z]*\+?", row["split"].lower())[0] != name:
+            return None
+    question, answer, answers = row["question"], row["answer"], (row["answer"],)
+    boxes = [tuple(box) for box in json.loads(row.get("boxes", "[]"))]
     if kind == "choice":
         options, answer = read_options(row)
         if options and answer not in options and not benchmark.judged:
@@ -165,21 +246,20 @@ def sample_of(name: str, path: Path, row: dict[str, str], cells: dict[str, str])
     elif kind == "string" and answer.startswith("["):
         answers = tuple(map(str, ast.literal_eval(answer)))
     elif kind == "box":
-        fields["split"] = row.get("split") or row.get("category") or path.stem
-        if re.match(r"[a-z]*\+?", fields["split"].lower())[0] != name:
-            return None
-        x1, y1, x2, y2 = json.loads(answer)
-        w, h = images()[0].size if max(x1, y1, x2, y2) <= 1.5 else (1, 1)  # it may be in shares of the sides
-        boxes = [(x1 * w, y1 * h, x2 * w, y2 * h)]
-    sample_id = "/".join([*(fields[column] for column in benchmark.over), row["index"]])
-    question = (f"{row['hint']}\n" if "hint" in row else "") + row["question"]
-    boxes, target = [tuple(box) for box in boxes], row.get("target", "")
-    return Sample(sample_id, kind, question, options, answer, answers, fields, boxes, target, images)
+        x1, y1, x2, y2 = map(float, json.loads(answer))
+        boxes = [(x1, y1, x2, y2)]
+        question = re.sub(r".*<ref>(.*?)</ref>.*", r"\1", question, flags=re.DOTALL)
+    sample_id = "/".join([*(row[column] for column in benchmark.over), row["index"]])
+    question = (f"{row['hint']}\n" if "hint" in row else "") + question
+    return Sample(sample_id, kind, question, options, answer, answers, row, boxes, images)
 
 
 def read_options(row: dict[str, str]) -> tuple[dict[str, str], str]:
     """The options (letter: text), in columns or a list (MathVision, MME-RealWorld-Lite), and the answer."""
     listed = row.get("choices") or row.get("multi-choice options", "")
+    # CV-Bench's lists are printed by NumPy: ['a' 'b'], or array(['a', 'b'], dtype=object).
+    listed = re.sub(r"^array\((.*\]).*\)$", r"\1", listed, flags=re.DOTALL)
+    listed = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", listed)
     texts = ast.literal_eval(listed) if listed.startswith("[") else []
     texts = dict(zip(ascii_uppercase, texts)) | row
     options = {x: str(texts[x]).removeprefix(f"({x})").strip() for x in ascii_uppercase if x in texts}
@@ -190,7 +270,7 @@ def read_images(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[
     """A row's images: base64, the index of another row, files beside the table, or a list of these."""
     cell = row.get("image") or row["image_path"]
     if len(cell) <= 64 and "image" in row and cell not in cells and cell[0] not in "<[":
-        cells |= {other["index"]: other.get("image", "") for _, other in tsv_rows(path)}  # of a later row
+        cells |= {other["index"]: other["image"] or "" for _, other in tsv_rows(path)}  # of a later row
     cell = cells.get(cell, cell)
     try:
         parts = map(str, ast.literal_eval(cell)) if cell.startswith("[") else [cell]
@@ -198,7 +278,7 @@ def read_images(path: Path, row: dict[str, str], cells: dict[str, str]) -> list[
         # Not turned as EXIF says: boxes and official scores refer to the pixels as they are stored.
         return [Image.open(file, formats=FORMATS).convert("RGB") for file in files]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}, index {row['index']}, lacks an image ({error}): get it again.") from None
+        raise BadSample(f"{path}, index {row['index']}, lacks an image ({error}): get it again.") from None
 
 
 def image_bytes(path: Path, part: str, in_table: bool) -> bytes:
@@ -269,7 +349,8 @@ def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
 def pope(rows: list[dict]) -> dict[str, float]:
     """F1 of "yes", for which an unparsed reply is a "no"; a row counts once in each of its categories."""
     categories, figures = groups(rows, "category") or {"all": rows}, {}
-    for name, group in [("", [row for rows in categories.values() for row in rows]), *categories.items()]:
+    every = [row for row in rows for _ in row["fields"].get("category", "").split(",")]  # without one: once
+    for name, group in [("", every), *categories.items()]:
         predicted, true = ([row[key] == "yes" for row in group] for key in ("prediction", "answer"))
         hits = sum(p and t for p, t in zip(predicted, true))
         figures[f"{name} f1".strip()] = 200 * hits / max(1, sum(predicted) + sum(true))
@@ -288,10 +369,16 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
     for name, place in (("fAcc", 4), ("qAcc", 5)):  # an index ends in _set_figure_question
         right = defaultdict(list)
         for row in rows:
-            ids = row["fields"]["index"].split("_")
+            ids = (row["fields"].get("index", "") + "_____").split("_")
             right[row["fields"].get("l2-category"), ids[3], ids[place]].append(row["right"])
         figures[name] = 100 * mean(min(hits) for hits in right.values())
     return figures | {"score": figures["aAcc"], "mean": mean(figures.values())}
+
+
+def mmvp(rows: list[dict]) -> dict[str, float]:
+    """Share of the pairs of images whose question is answered right for both; and the plain accuracy."""
+    pairs = [[row["right"] for row in pair] for pair in groups(rows, "pair").values()]
+    return {"score": 100 * mean(map(min, pairs)), "accuracy": accuracy(rows)}
 
 
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
@@ -305,6 +392,36 @@ def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
     figures = {"score": accuracy(rows, over), "count": sum(row["right"] for row in rows), "n": len(rows)}
     figures["parse_rate"] = mean(row["parsed"] for row in rows)
     figures |= {"mean_iou": 100 * mean(row["iou"] for row in rows)} if "iou" in rows[0] else {}
+    by_category = {}
     for column in ("category", "l2-category", *over):
-        figures |= {key: accuracy(group, over) for key, group in groups(rows, column).items()}
-    return figures | {"pope": pope, "hallusionbench": hallusion}.get(name, lambda _: {})(rows)
+        by_category |= {key: accuracy(group, over) for key, group in groups(rows, column).items()}
+    figures |= {f"category {key}" if key in figures else key: value for key, value in by_category.items()}
+    return figures | {"pope": pope, "hallusionbench": hallusion, "mmvp": mmvp}.get(name, lambda _: {})(rows)
+
+
+# ---------------------------------------------------------------- to VLMEvalKit
+
+
+def export_predictions(path: Path, samples: list[Sample], replies: Iterable[tuple]) -> None:
+    """A table that VLMEvalKit's evaluate reads: the columns of the file, and each reply without its thoughts.
+
+    replies: (text, BoxFrame) for each sample. Rows that cannot be read are not in the table.
+    """
+    rows = []
+    for sample, (text, frame) in zip(samples, replies, strict=True):
+        if not sample.answers:
+            continue
+        prediction, row = answer_parts(text or "")[-1].strip(), dict(sample.row)
+        if sample.kind == "box":  # in shares of the sides; the split is a part of the index
+            box = replace(frame, width=1, height=1).to_pixels(box_of(text or "") or (0, 0, 0, 0))
+            prediction = str([min(1.0, max(0.0, share)) for share in box])
+            row["index"] = f"{row['split'].replace(' ', '_')}_{row['index']}"
+        # The space keeps pandas from reading an empty reply, or "None", as a missing one.
+        rows.append(row | {"prediction": prediction + " "})
+    columns = dict.fromkeys(
+        name for row in rows for name in row if name not in ("image", "image_path", "pair")
+    )
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictWriter(file, columns, "", "ignore", delimiter="\t", quoting=csv.QUOTE_ALL)
+        table.writeheader()
+        table.writerows(rows)

@@ -15,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from files.errors import UserError
+from files.pictures import UnusableImage
 from policy import Policy, collate, decode_completions, rollout
 from prompts import BoxFrame, EncodedPrompt
 
-Reply = tuple[str | None, BoxFrame]  # the text, None where memory ran out, and the frame of the boxes in it
+# The text, None where memory ran out, False where the image cannot be read; and the frame of its boxes.
+Reply = tuple[str | bool | None, BoxFrame]
 
 
 class ReplyCache(dict):
@@ -115,8 +117,13 @@ def cached_generate(
     """
 
     def compute(indices: range) -> Iterator[list]:
-        replies = generate_replies(policy, (prompts[i] for i in indices), *limits)
-        return ([text, *astuple(frame)] for text, frame in replies)
+        readable = {}
+        for i in indices:
+            with suppress(UnusableImage):
+                readable[i] = prompts[i]
+        replies = dict(zip(readable, generate_replies(policy, readable.values(), *limits)))
+        rows = (replies.get(i, (False, BoxFrame(1, 1, 1, 1))) for i in indices)
+        return ([text, *astuple(frame)] for text, frame in rows)
 
     rows = cached_values(cache, name, keys or range(len(prompts)), limits[1], compute)
     return [(text, BoxFrame(*frame)) for text, *frame in rows]

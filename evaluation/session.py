@@ -12,6 +12,7 @@ from files.errors import model_folder
 from policy import Policy
 from prompts import PROMPTS, Processor
 
+OUTPUTS = ("out", "export_vlmevalkit")  # flags that change no reply
 MAX_TOKENS = 8192  # of a reply to a benchmark by a model that is told to think: the paper's limit
 
 
@@ -57,7 +58,7 @@ class Session:
 
 def open_session(policy: Policy, args: argparse.Namespace) -> Session:
     """A run with its reply cache, in a folder beside the adapter; other settings get another folder."""
-    settings = {key: str(value) for key, value in vars(args).items() if key != "out" and value is not None}
+    settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.
     for path in inputs:

@@ -1,6 +1,9 @@
 """eval.py as a program: scenes, benchmarks, an image of one's own, killed runs, memory that runs out."""
 
+import base64
+import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -158,11 +161,50 @@ def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar,
     assert results["before"]["black"]["errors"] == 1
 
 
+def test_a_broken_image_is_left_out_and_wrong_and_the_others_are_asked(adapter, vstar, tmp_path):
+    folder = tmp_path / "vstar"
+    shutil.copytree(vstar, folder)
+    (folder / "relative_position" / "2.png").write_bytes(b"no image")
+    (folder / "direct_attributes" / "3.json").write_text("{}")
+    flags = ("vstar", "--data", folder, "--adapter", adapter, "--out", tmp_path / "out")
+    for _ in range(2):  # anew, and from the cached replies
+        code, results = run(*flags)
+        assert code == 0
+        for side in ("before", "after"):
+            direct = results[side]["direct"]
+            assert (direct["n"], direct["left_out"], direct["errors"]) == (8, 2, 0)
+            assert results[side]["black"]["n"] == results[side]["attention"]["n"] == 6
+
+
+def test_an_empty_reply_is_a_reply(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reply_cache, "decode_completions", lambda _, out: [[""] for _ in range(1)])
+    scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
+    code, results = run("ask", tmp_path / "mine.png", "What is this?", "--out", tmp_path / "out")
+    assert code == 0 and results == {"before": ""}
+    assert "before: (empty)" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert ReplyCache(tmp_path / "out" / "answers.jsonl", settings)["before/0"][0] == "", (
+        "it is not asked again"
+    )
+
+
+def test_a_table_of_ones_own_and_its_predictions(adapter, tmp_path):
+    rows = ["index\timage\tquestion\tA\tB\tanswer"]
+    for i in range(3):
+        with io.BytesIO() as file:
+            noise((60, 40), i).save(file, "PNG")
+            rows.append(f"{i}\t{base64.b64encode(file.getvalue()).decode()}\tWhat?\tred\tblue\tA")
+    (tmp_path / "mine.tsv").write_text("\n".join(rows) + "\n")
+    flags = ("--adapter", adapter, "--out", tmp_path / "out", "--export-vlmevalkit", tmp_path / "table.tsv")
+    code, results = run("table", "--data", tmp_path / "mine.tsv", *flags)
+    assert code == 0 and results["after"]["direct"]["n"] == 3
+    for name in ("table.tsv", "table_before_direct.tsv"):
+        header, *lines = (tmp_path / name).read_text().splitlines()
+        assert header.split("\t")[-1] == '"prediction"' and len(lines) == 3 and "<think>" not in lines[0]
+
+
 def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):
     """A random Qwen2.5-VL on POPE: with and without the instruction, and the paper's pairing as an extra."""
-    import base64
-    import io
-
     rows = ["index\tcategory\tquestion\tanswer\timage"]
     for i in range(6):
         with io.BytesIO() as file:

@@ -38,6 +38,10 @@ def before_the_numbers(text: str) -> str:
     return answer_block(f"[{text}1, 2, 3, 4]")
 
 
+def in_a_label(text: str) -> str:
+    return answer_block(f'[{{"bbox_2d": [1, 2, 3, 4], "label": "{text}')
+
+
 def after_a_number(text: str) -> str:
     return answer_block(f"[1,{text}")
 
@@ -58,6 +62,47 @@ def after_a_number(text: str) -> str:
 )
 def test_a_valid_box_is_parsed(text, box):
     assert parse_box(text) == box
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]',
+        '[{"bbox_2d": [1, 2, 3, 4]}]',
+        '{"bbox_2d": [1, 2, 3, 4], "label": "a \\"cup\\", or {two}"}',
+        '{"label": "cup", "bbox_2d": [1, 2, 3, 4]}',
+        ' { "bbox_2d" : [ 1, 2.0, 3, 4 ] } ',
+        '```json\n[\n\t{"bbox_2d": [1, 2, 3, 4], "label": "cup"}\n]\n```',
+        '\n```json\n{"bbox_2d": [1, 2, 3, 4]}\n```\n',
+        "```\n[1, 2, 3, 4]\n```",
+    ],
+)
+def test_a_box_in_json_is_read(inside):
+    assert parse_box(answer_block(inside)) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',
+        '{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4]} [1, 2, 3, 4]',
+        'The cup: {"bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4]} is the cup',
+        '[{"bbox_2d": [1, 2, 3, 4]}',  # not closed
+        '{"bbox_2d": [1, 2, 3, 4]}]',
+        '```json\n{"bbox_2d": [1, 2, 3, 4]}',
+        "[1, 2, 3, 4]\n```",
+        "{[1, 2, 3, 4]}",
+        '[1, 2, 3, 4, "label": "cup"]',
+        '{"bbox_2d": [3, 2, 1, 4]}',  # inverted
+        '{"bbox_2d": [NaN, 2, 3, 4]}',
+        '{"bbox_2d": "[1, 2, 3, 4]"}',
+        '{"bbox_2d": [[1, 2, 3, 4]]}',
+    ],
+)
+def test_other_json_is_no_box(inside):
+    assert parse_box(answer_block(inside)) is None
 
 
 @pytest.mark.parametrize(
@@ -127,9 +172,15 @@ def test_any_other_text_has_no_box(text):
         "1.",
         "\n",
         "-",
+        "{",
+        '"',
+        "\\",
+        "```json",
+        '{"bbox_2d": [1, 2, 3, 4]}',
+        '"label": "cup",',
     ],
 )
-@pytest.mark.parametrize("wrap", [str, answer_block, before_the_numbers, after_a_number])
+@pytest.mark.parametrize("wrap", [str, answer_block, before_the_numbers, after_a_number, in_a_label])
 def test_100_kb_of_any_piece_take_under_50_ms(piece, wrap):
     text = wrap(piece * (100_000 // len(piece)))
     best = math.inf

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation.benchmarks import BENCHMARKS, aggregate, choice_of, judge, read_samples, yes_no
+from evaluation.benchmarks import (
+    BENCHMARKS,
+    aggregate,
+    choice_of,
+    export_predictions,
+    judge,
+    read_samples,
+    yes_no,
+)
 from files.errors import UserError
 from prompts import BoxFrame
 
@@ -118,10 +126,9 @@ def test_images_are_not_turned(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "word"),
     [
-        ([question(0), question(1, answer="")], "row 3.*answer"),
+        ([question(0, answer="")], "row 2.*answer"),
         ([question(0, question="")], "row 2.*question"),
         ([question(0, answer="D")], "answer D"),
-        ([question(0), question(0)], "twice"),
         ([{key: value for key, value in question(0).items() if key != "index"}], "index"),
         ([question(0, image="")], "nothing of mmstar"),
     ],
@@ -140,6 +147,58 @@ def test_other_files_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.tsv"):
         list(read_samples("mmstar", path))
+
+
+def test_a_row_that_cannot_be_read_is_left_out_and_the_others_are_read(tmp_path):
+    rows = [question(0, answer=""), question(1), question(1), question(2, answer="D"), question(3)]
+    path = write(tmp_path / "MMStar.tsv", rows)
+    path.write_text(path.read_text() + "4\tcut off")
+    *samples, no_answer, twice, wrong_letter, cut = read_samples("mmstar", path)
+    assert [sample.id for sample in samples] == ["1", "3"]
+    for sample, reason in ((no_answer, "row 2.*answer"), (twice, "row 4.*twice"), (wrong_letter, "row 5.*D")):
+        with pytest.raises(UserError, match=reason):
+            sample.images()
+    with pytest.raises(UserError, match="row 7.*as many cells"):
+        cut.images()
+    for kind in ("choice", "yesno", "string", "box"):
+        no_answer.kind = kind
+        for reply in ("", "A", "yes", "[1, 2, 3, 4]"):
+            if kind != "box" or not reply.startswith("["):
+                assert judge(no_answer, reply)["right"] == 0
+
+
+def test_rows_that_cannot_be_read_count_as_wrong_in_every_figure(tmp_path):
+    table = [question(0, answer="Yes", category="random"), question(1, answer="", category="random")]
+    samples = list(read_samples("pope", write(tmp_path / "POPE.tsv", table)))
+    rows = [
+        judge(sample, "yes") | {"fields": sample.fields, "answer": sample.answer} for sample in samples[:1]
+    ]
+    rows += [judge(samples[1], "") | {"fields": samples[1].fields, "answer": samples[1].answer}]
+    got = aggregate("pope", rows)
+    assert (got["accuracy"], got["random accuracy"], got["n"]) == (50, 50, 2)
+    rows = [row(1, index="VD_map_1_0_0_0"), row(0, index="7"), row(0)]
+    assert aggregate("hallusionbench", rows)["aAcc"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("hrbench4k", "HRBench4K.tsv"),
+        ("hrbench8k", "HRBench8K.tsv"),
+        ("hrbench8k", "hr_bench_8k.tsv"),
+        ("mme_realworld", "MME-RealWorld.tsv"),
+        ("mme_realworld_lite", "MME-RealWorld-Lite.tsv"),
+        ("mathverse", "MathVerse_MINI.tsv"),
+        ("treebench", "TreeBench.tsv"),
+        ("blink", "BLINK.tsv"),
+    ],
+)
+def test_files_of_vlmevalkits_folder(tmp_path, task, name):
+    for other in ("HRBench4K.tsv", "HRBench8K.tsv", "MME-RealWorld.tsv", "MME-RealWorld-Lite.tsv", "._a.tsv"):
+        write(tmp_path / other, [question(other, cycle_category="0")])
+    write(tmp_path / name, [question("mine", cycle_category="0")])
+    (sample,) = read_samples(task, tmp_path)
+    assert sample.id.endswith("mine")
 
 
 def test_a_column_that_the_score_needs_is_missed_at_once(tmp_path):
@@ -224,8 +283,32 @@ def test_vstar_folder(tmp_path):
     assert last.id == "relative_position/sa_0" and last.target == "cup and dog"
     assert last.boxes == [(0, 0, 1, 2), (5, 6, 12, 14)] and last.options[last.answer] == "left"
     (tmp_path / "direct_attributes" / "sa_7.json").write_text('{"question": 1}')
+    *samples, unreadable = read_samples("vstar", tmp_path)
+    assert len(samples) == 20
     with pytest.raises(UserError, match=r"sa_7\.json"):
-        list(read_samples("vstar", tmp_path))
+        unreadable.images()
+
+
+def test_vstar_folder_as_a_mac_or_a_hand_leaves_it(tmp_path):
+    for stem in ("sa_0", "sa_1"):
+        vstar(tmp_path, "direct_attributes", stem)
+    folder = tmp_path / "direct_attributes"
+    for name in ("._sa_0.json", "._sa_0.jpg", "._sa_1.jpg"):  # what macOS writes beside files
+        (folder / name).write_bytes(b"\0\5\26\7")
+    Image.new("RGB", (5, 5), "red").save(folder / "sa_0.png")  # a second image of one stem
+    (folder / "sa_1.bak").write_text("")
+    samples = list(read_samples("vstar", tmp_path))
+    assert [sample.id for sample in samples] == ["direct_attributes/sa_0", "direct_attributes/sa_1"]
+    assert [sample.images()[0].size for sample in samples] == [(40, 30)] * 2
+
+
+def test_json_of_another_benchmark_is_no_vstar(tmp_path):
+    vstar(tmp_path, "direct_attributes", "sa_0")
+    with pytest.raises(UserError, match=r"sa_0\.json"):
+        list(read_samples("mmstar", tmp_path / "direct_attributes" / "sa_0.json"))
+    (tmp_path / "other.json").write_text('[{"index": 1, "question": "What?"}]')
+    with pytest.raises(UserError, match=r"other\.json"):
+        list(read_samples("vstar", tmp_path / "other.json"))
 
 
 def test_vstar_table(tmp_path):
@@ -251,6 +334,104 @@ def test_refcoco_families_and_splits_share_a_table(tmp_path):
         write(tmp_path / f"{name}.tsv", [row | {"index": 4, "answer": "[0, 0, 1, 1]"}])
     (tmp_path / "RefCOCO.tsv").unlink()
     assert [s.id for s in read_samples("refcoco", tmp_path)] == ["refcoco_testB/4", "refcoco_val/4"]
+
+
+def test_refcocos_question_and_lazy_boxes(tmp_path, monkeypatch):
+    asked = (
+        "Please provide the bounding box coordinate of the region this sentence describes: <ref>the cup</ref>"
+    )
+    row = {"index": 0, "image": png("red", (200, 100)), "question": asked, "category": "RefCOCO val"}
+    path = write(tmp_path / "RefCOCO.tsv", [row | {"answer": "[0.1, 0.2, 0.55, 0.8]"}])
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("no image is opened before it is needed"))
+    (sample,) = read_samples("refcoco", path)
+    assert sample.question == "the cup"
+    monkeypatch.setattr(Image, "open", real)
+    assert sample.boxes == [pytest.approx((20, 20, 110, 80))]
+
+
+def test_babyvisions_own_files(tmp_path):
+    folder = tmp_path / "LMUData" / "BabyVision" / "babyvision_data"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 4), "blue").save(folder / "images" / "1.png")
+    item = {"image": "images/1.png", "question": "How many?", "type": "Visual Tracking", "subtype": "Maze"}
+    items = [
+        item | {"taskId": 1, "ansType": "blank", "blankAns": "12", "choiceAns": None, "options": []},
+        item
+        | {"taskId": 2, "ansType": "choice", "blankAns": None, "choiceAns": 1, "options": ["x", "y", "z"]},
+        item | {"taskId": 3, "ansType": "choice", "choiceAns": 7, "options": ["x"]},
+    ]
+    (folder / "meta_data.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n\n")
+    for place in (tmp_path / "LMUData", folder, folder / "meta_data.jsonl"):
+        blank, choice, unreadable = read_samples("babyvision", place)
+        assert (blank.options, blank.answer, blank.fields["category"]) == ({}, "12", "Visual Tracking")
+        assert (choice.options, choice.answer) == ({"A": "x", "B": "y", "C": "z"}, "B")
+        assert colors(choice) == [(0, 0, 255)]
+        assert judge(blank, "\\boxed{12}")["right"] == judge(choice, "\\boxed{B}")["right"] == 1
+        with pytest.raises(UserError, match="row 3"):
+            unreadable.images()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "['a cup' '2' \"it's\"]",
+        "['a cup'\n '2' \"it's\"]",
+        "array(['a cup', '2', \"it's\"], dtype=object)",
+        "array(['a cup' '2' \"it's\"])",
+        "['a cup', '2', \"it's\"]",
+    ],
+)
+def test_choices_as_numpy_prints_them(tmp_path, choices):
+    row = question(0, A="", B="", choices=choices, answer="(B)", split="2D", source="COCO")
+    (sample,) = read_samples("cvbench2d", write(tmp_path / "CV-Bench-2D.tsv", [row]))
+    assert sample.options == {"A": "a cup", "B": "2", "C": "it's"} and sample.answer == "B"
+
+
+def test_countbenchqa_and_mmvp(tmp_path):
+    (count,) = read_samples("countbenchqa", write(tmp_path / "c.tsv", [question(0, A="", B="", answer="3")]))
+    assert judge(count, "There are 3 cups.")["right"] == 1 and judge(count, "four")["right"] == 0
+    table = [question(index, question=f"Q{index // 2}") for index in range(6)]
+    table[3]["answer"] = ""  # a row that cannot be read spoils its own pair alone
+    samples = list(read_samples("mmvp", write(tmp_path / "MMVP.tsv", table)))
+    replies = ["A", "A", "A", "B", "A", ""]
+    rows = [
+        judge(sample, reply) | {"fields": sample.fields, "answer": sample.answer}
+        for sample, reply in zip(samples, replies, strict=True)
+    ]
+    got = aggregate("mmvp", rows)
+    # Right are 0, 1, 2 and 5: of the pairs (0, 1), (2, 3) and (4, 5) only the first throughout.
+    assert got["score"] == pytest.approx(100 / 3) and got["accuracy"] == pytest.approx(400 / 6)
+
+
+def exported(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_predictions_for_vlmevalkit(tmp_path):
+    table = [question(index, hint="h", category="x", D="") for index in range(4)] + [question(9, answer="Q")]
+    samples = list(read_samples("mmstar", write(tmp_path / "MMStar.tsv", table)))
+    texts = ['<think>A or\tB</think>\nThe "answer" is B.\r\nSo B', None, "", "<think>no end", False]
+    export_predictions(tmp_path / "out.tsv", samples, [(text, BoxFrame(8, 8, 8, 8)) for text in texts])
+    rows = exported(tmp_path / "out.tsv")
+    assert list(rows[0]) == ["index", "question", "A", "B", "answer", "hint", "category", "prediction"]
+    assert [row["index"] for row in rows] == ["0", "1", "2", "3"], "a row that cannot be read is not in it"
+    assert rows[0]["prediction"].strip() == 'The "answer" is B.\r\nSo B'
+    assert [row["prediction"] for row in rows[1:]] == [" "] * 3, "pandas reads an empty cell as missing"
+
+
+def test_predicted_boxes_for_vlmevalkit_are_shares_with_the_split_in_the_index(tmp_path):
+    row = {"image": png("red", (200, 100)), "question": "Q", "answer": "[0.1, 0.2, 0.55, 0.8]"}
+    table = [row | {"index": i, "category": f"RefCOCO {split}"} for i, split in enumerate(("val", "testA"))]
+    samples = list(read_samples("refcoco", write(tmp_path / "RefCOCO.tsv", table)))
+    frame = BoxFrame(200, 100, 1000, 1000)
+    replies = [("<think>[1, 2, 3, 4]</think>[100, 200, 550, 1200]", frame), ("nowhere", frame)]
+    export_predictions(tmp_path / "out.tsv", samples, replies)
+    first, second = exported(tmp_path / "out.tsv")
+    assert (first["index"], second["index"]) == ("RefCOCO_val_0", "RefCOCO_testA_1")
+    assert json.loads(first["prediction"]) == pytest.approx([0.1, 0.2, 0.55, 1])
+    assert json.loads(second["prediction"]) == [0, 0, 0, 0]
 
 
 def test_other_columns_of_options_and_answers(tmp_path):
@@ -527,6 +708,13 @@ def test_accuracy_by_category():
         aggregate("mmstar", [])
 
 
+def test_a_category_never_hides_an_official_figure():
+    rows = [row(1, category="count"), row(0, category="n"), row(1, category="score")]
+    got = aggregate("mmstar", rows)
+    assert (got["count"], got["n"], got["score"]) == (2, 3, pytest.approx(200 / 3))
+    assert (got["category count"], got["category n"], got["category score"]) == (100, 0, 100)
+
+
 def test_hrbench_is_the_mean_over_cycles():
     # Cycle 0 has 2 of 2 right, cycle 1 has 1 of 4: the mean of 100 and 25, and not 3 of 6.
     rows = [row(1, cycle_category="0", category="single"), row(1, cycle_category="0", category="cross")]
@@ -584,6 +772,8 @@ def test_pope_by_hand():
     assert got["precision"] == pytest.approx(200 / 3) and got["recall"] == 50
     assert got["n"] == 6 and got["parse_rate"] == pytest.approx(4 / 6)
     assert aggregate("pope", [judged("no", "no", "random")])["f1"] == 0
+    got = aggregate("pope", [judged("yes", "yes", "random"), judged("no", "yes", "")])
+    assert (got["accuracy"], got["random accuracy"]) == (50, 100), "a row without a category counts once"
 
 
 def test_hallusionbench_by_hand():
