@@ -116,9 +116,6 @@ def sample_random_box(
     return (x, y, x + w, y + h) if size_class((x, y, x + w, y + h), width, height) == size else None
 
 
-# ---------------------------------------------------------------- cues from scenes, COCO and folders
-
-
 @dataclass(frozen=True)
 class Cues:
     """An endless sequence of cues; `left_out` counts annotations and images that cannot be used."""

@@ -43,6 +43,7 @@ from training import checks, pictures, run_folder
 from training.dry_run import dry_run
 from training.experiment import open_experiment, run_experiment
 from training.memory import phase
+from training.metrics import completion_metrics
 
 FP16_LOSS_SCALE = 2.0**10  # without it the smallest float16 gradients are 0
 
@@ -299,19 +300,6 @@ def train_step(
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
     group = Group(batch[b], completions[b], scored[b], advantages[b].tolist())
     return metrics | {"seconds": time.monotonic() - started}, group
-
-
-def completion_metrics(rewards: Tensor, scored: list, rollouts: Rollout, advantages: Tensor) -> dict:
-    """What metrics.jsonl records of a step's completions; TRL's names where TRL has them."""
-    flat = [r for row in scored for r in row]
-    return {
-        "reward": rewards.mean().item(),
-        "iou": mean(r.iou for r in flat),
-        "format": mean(r.format for r in flat),
-        "completions/mean_length": rollouts.mask.sum(-1).float().mean().item(),
-        "completions/clipped_ratio": 1 - rollouts.finished.float().mean().item(),
-        "frac_reward_zero_std": 1 - advantages.any(1).float().mean().item(),
-    }
 
 
 # ---------------------------------------------------------------- the training loop and the command line

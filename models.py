@@ -9,7 +9,6 @@ What differs from a typical QLoRA script:
 """
 
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,13 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from files import checkpoints
 from files.errors import UserError, model_folder
 from policy import Policy
-from prompts import FAMILIES, Family, Processor, opening
-
-# PEFT asks transformers for gradient checkpointing by a name that transformers 5 renames.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-# Both report weights that do not fit, and continue. Here they are refused.
-warnings.filterwarnings("ignore", "Found missing adapter keys")
-hf.logging.get_logger("transformers.modeling_utils").addFilter(lambda log: log.levelname != "WARNING")
+from prompts import FAMILIES, Family, Processor
 
 MIMO_VL = (151_680, 4096, 36)  # vocabulary, hidden size, text layers: its config says Qwen2.5-VL
 # What weights and adapters of transformers 4 call the parts of a model, and their names today.
@@ -65,7 +58,7 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
     if family_name == "qwen2_5_vl" and shape == MIMO_VL:
         family_name = "mimo_vl"
     with suppress(UserError):  # --dry-run needs settings alone, without a tokenizer
-        completion_prefix = opening(checkpoints.read_processors(name, config)[0])
+        completion_prefix = checkpoints.opening(checkpoints.read_processors(name, config)[0])
     # The template tells: folders of both kinds are renamed, and called no-thinking.
     if family_name == "qwen3_vl" and completion_prefix:
         family_name = "qwen3_vl_thinking"

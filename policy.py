@@ -76,9 +76,6 @@ def grouped_query_attention(
 hf.AttentionInterface.register("sdpa", grouped_query_attention)
 
 
-# ---------------------------------------------------------------- prompts in a batch
-
-
 @dataclass
 class Batch:
     """B prompts, padded on the left to P columns."""

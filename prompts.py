@@ -167,13 +167,6 @@ def process_image(
     return ProcessedImage(image_inputs["pixel_values"], image_inputs["image_grid_thw"][0], image.size)
 
 
-def opening(tokenizer: Any) -> str:
-    """What the chat template itself writes of a completion: "<think>" and a line break, or nothing."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
-
-
 def prompt_text(family: Family, task: str, think: bool = True, **template_values: str) -> str:
     """The text of a task (a key of PROMPTS), with the instruction to think unless `think` is False."""
     prompt_template = PROMPTS[family.template]

@@ -10,6 +10,7 @@ What differs from a plain from_pretrained:
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -21,6 +22,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file, find_adapter_config_file
 
 from files.errors import UserError, model_folder
+
+# PEFT asks transformers for gradient checkpointing by a name that transformers 5 renames.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+# Both report weights that do not fit, and continue. Here they are refused.
+warnings.filterwarnings("ignore", "Found missing adapter keys")
+hf.logging.get_logger("transformers.modeling_utils").addFilter(lambda log: log.levelname != "WARNING")
 
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", INDEX)
@@ -42,7 +49,7 @@ def one_sentence(name: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers and Jinja raise nothing more special
-        # Memory that runs out has a sentence of its own (training/memory.py), also while weights are quantised.
+        # Memory that runs out has a sentence of its own (training/memory.py), also while quantising.
         if isinstance(error, UserError) or re.search("memory|automatic conversion", str(error)):
             raise
         text = (str(error) or repr(error)).splitlines()[0].split(". ")[0][:120].rstrip(".: ")
@@ -186,3 +193,10 @@ def check_adapter_files(folder: Path, model_name: str) -> None:
     if base and model_name and base_name(base) != base_name(model_name):
         text = f"--adapter {folder} was trained on {base}, not on {model_name}: its results mean little here."
         print(text, file=sys.stderr)
+
+
+def opening(tokenizer: Any) -> str:
+    """What the chat template itself writes of a completion: "<think>" and a line break, or nothing."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
