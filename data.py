@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from files import download
-from files.coco import index_coco, read_input
+from files.coco import index_coco, parse_ids, read_input
 from files.contact_sheet import contact_sheet
 from files.errors import FlagParser, UserError, exit_on_error
 from files.pictures import NARROWEST, LeftOut, Photos, open_folder
@@ -173,10 +173,10 @@ def coco_cues(
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
     if exclude is None:
         print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
-    excluded_ids = read_input("exclude", exclude, "list of image ids", lambda t: set(map(int, t.split())))
+    excluded_ids = read_input("exclude", exclude, "list of image ids", parse_ids)
     text_by_id = read_input("expressions", expressions, "JSON object", lambda t: dict(json.loads(t or "[]")))
     options = dict(split=split, excluded=excluded_ids, texts=text_by_id, need_text=cfg.source == "text")
-    index = partial(index_coco, name=str(annotations), **options)
+    index = partial(index_coco, name=str(annotations), folder=images, **options)
     objects, left_out = read_input("annotations", annotations, "COCO instances JSON", index)
     if not objects:
         reasons = "; ".join(map(str, left_out))

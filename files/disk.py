@@ -3,8 +3,10 @@
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # Windows leaves them in folders of images
 
 
 def sync(path: Path) -> None:
@@ -33,11 +35,39 @@ def fingerprint(parts: Iterable[bytes]) -> str:
     return f"{zlib.crc32(b''.join(parts)):08x}"
 
 
-def file_stats(path: Path) -> list[bytes]:
-    """Name, size and modification time of a file, or of each file in a folder, for `fingerprint`.
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders, without what file managers and runs leave in them.
+
+    These are hidden files and folders (.DS_Store, ._NAME), Thumbs.db, desktop.ini, and run folders.
+    """
+    for parent, folders, names in os.walk(folder):
+        if Path(parent) != folder and is_run_folder(Path(parent), names):
+            folders.clear()  # nor is anything below it visited
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = (name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FILES)
+        yield from (Path(parent, name) for name in visible)
+
+
+def is_run_folder(folder: Path, names: list[str]) -> bool:
+    """Whether a folder with files of these names is that of a run: a new one may hold its settings alone."""
+    if "metrics.jsonl" in names:
+        return True
+    return "config.json" in names and b'"task":' in (folder / "config.json").read_bytes()
+
+
+def stats_by_name(path: Path) -> dict[str, bytes]:
+    """Name, size and modification time of a file, or of each file in a folder, by its name below `path`.
 
     Model cards (.md) and reply caches (.jsonl) in a folder do not count: they change without the model.
+    Neither does a link to a file that does not exist.
     """
-    files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-    stats = [(file.name, file.stat()) for file in files if file.suffix not in (".md", ".jsonl")]
-    return [repr((name, stat.st_size, stat.st_mtime_ns)).encode() for name, stat in stats]
+    files = [file for file in visible_files(path) if "." in file.name] if path.is_dir() else [path]
+    counted = [file for file in sorted(files) if file.suffix not in (".md", ".jsonl") and file.exists()]
+    stats = {file.relative_to(path).as_posix(): (file.name, file.stat()) for file in counted}
+    return {key: repr((name, s.st_size, s.st_mtime_ns)).encode() for key, (name, s) in stats.items()}
+
+
+def file_stats(path: Path) -> list[bytes]:
+    """The values of `stats_by_name`, for `fingerprint`."""
+    return list(stats_by_name(path).values())

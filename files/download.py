@@ -3,10 +3,10 @@
 Uses urllib: httpx made this no shorter, and what transformers installs today is httpx2, of no fixed version.
 """
 
-import json
 import shlex
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 from PIL import Image
 from tqdm import tqdm
 
-from files.coco import photo_problem, read_input
+from files.coco import parse_instances, read_input, read_photo
 from files.errors import UserError
 from files.pictures import LeftOut, Photos, UnusableImage, load_image
 
@@ -60,10 +60,11 @@ def open_downloads(folder: Path, annotations: Path) -> ImageDownloads:
     """Creates the folder and reads the images' addresses from COCO's instances JSON; UserError without it."""
 
     def parse(text: str) -> dict[Key, object]:
-        # Annotations, which fill most of the file, are dropped as soon as they are parsed.
-        data = json.loads(text, object_hook=lambda entry: None if "bbox" in entry else entry)
-        usable = [photo for photo in data["images"] if not photo_problem(photo, {})]
-        return {(p["file_name"], (p["width"], p["height"])): p.get("coco_url") for p in usable}
+        addresses = {}
+        for photo in parse_instances(text)["images"]:
+            with suppress(UnusableImage):
+                addresses[read_photo(photo, {}, None, Counter())] = photo.get("coco_url")
+        return addresses
 
     addresses = read_input("annotations", annotations, "COCO instances JSON", parse)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,25 +1,37 @@
 """Images from users: one that cannot be used is left out and counted by its reason, and never ends a run."""
 
+import math
 import sys
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from files.disk import visible_files
 from files.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 LEAST_SIDE = 16  # pixels: the paper's smallest crop
 NARROWEST = 200  # longest side ÷ shortest side: the limit of Qwen's image processors
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not EPS, for which Pillow starts Ghostscript
+# Not EPS, for which Pillow starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 turn the image by 90°
 MOST_PIXELS = 2**27  # 400 MB of RGB; a file of a few bytes can claim terabytes
 
 
 class UnusableImage(Exception):
     """The reason why an image cannot be used."""
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Prints a warning on stderr, the same one only once in a process."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 @dataclass
@@ -65,17 +77,47 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
                 raise UnusableImage(f"under {LEAST_SIDE} pixels on a side")
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
+            if image.size == size and is_turned(path, size):
+                warn_once("boxes on images with an EXIF orientation are read as on the stored pixels")
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")
-            if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would make 255 of all values above 255
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
-            # A palette with transparency becomes RGB correctly only by way of RGBA.
-            return image.convert("RGBA").convert("RGB")
+            if image.mode == "F" or image.mode.startswith("I"):
+                image = to_8_bits(image)
+            # A palette with transparency becomes RGB correctly only by way of RGBA. Pixels that one sees
+            # through would keep a hidden colour, mostly black, as the strokes of a drawing: white is behind.
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     except Exception as error:  # decoders raise any exception on a broken file
         reasons = {UnusableImage: str(error), FileNotFoundError: "missing"}
         reasons[Image.DecompressionBombError] = f"larger than {MOST_PIXELS:,} pixels"
+        if isinstance(error, UnidentifiedImageError) and path.read_bytes()[4:8] in (b"ftyp", b"jP  "):
+            reasons[type(error)] = "of a format that is not read, such as HEIC"
         raise UnusableImage(reasons.get(type(error), "broken or not an image")) from None
+
+
+def is_turned(path: Path, size: tuple[int, int]) -> bool:
+    """Whether a file stores an image of this size that its EXIF orientation turns by 90°."""
+    with suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        return image.size == size != size[::-1] and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return False
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of floats or of over 8 bits a pixel in 256 levels; Pillow would cut off what is above 255.
+
+    Floats have a range of 0 to 1 or 0 to 255, integers one of 12 or 16 bits: the first that holds all values;
+    where none does, the range is that of the values themselves.
+    """
+    image = image if image.mode == "F" else image.convert("I")
+    low, high = image.getextrema()
+    if not math.isfinite(high - low):
+        raise UnusableImage("with values that are not finite")
+    tops = {1: 255, 255: 1} if image.mode == "F" else {2**12 - 1: 1 / 16, 2**16 - 1: 1 / 256}
+    scale = next((scale for top, scale in tops.items() if low >= 0 and high <= top), None)
+    low, scale = (0, scale) if scale else (low, 255 / (high - low or 1))
+    half = 0.5 if image.mode == "F" else 0  # floats are rounded; of integers the highest 8 bits are kept
+    return image.convert("F").point(lambda value: value * scale + (half - low * scale)).convert("L")
 
 
 @dataclass
@@ -109,8 +151,13 @@ def in_split(name: int | str, split: str, one_in: int) -> bool:
 
 def open_folder(folder: Path, split: str) -> tuple[list[str], Photos]:
     """The names of a split's images in a folder and its subfolders, and the Photos that opens them."""
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = list(visible_files(folder))
+    names = (p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in SUFFIXES)
     names = sorted(name for name in names if in_split(name, split, 10))
     if not names:
-        raise UserError(f"--data {folder} has no image for {split} cues: give a folder with more images.")
+        others = Counter(p.suffix.lower() or "without a suffix" for p in files)
+        passed_over = [f"{n:,} {suffix:.20}" for suffix, n in others.most_common(5) if suffix not in SUFFIXES]
+        reason = f" (passed over: {', '.join(passed_over)})" if passed_over else ""
+        remedy = f"give a folder with more images, of {', '.join(SUFFIXES)}"
+        raise UserError(f"--data {folder} has no image for {split} cues{reason}: {remedy}.")
     return names, Photos(folder, LeftOut(f"{split} images in {folder}", len(names)))

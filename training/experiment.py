@@ -18,7 +18,7 @@ from models import add_lora, enable_gradient_checkpointing, load_policy
 from policy import Policy
 from training import checks, pictures, run_folder
 from training.memory import phase
-from training.settings import MEMORY, Config, as_arguments, print_settings, resolve
+from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
 
 
 @dataclass
@@ -57,6 +57,7 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     UserError if a resumed run has other settings or inputs now.
     """
     started, folder, stored = time.monotonic(), flags.pop("resume", None), None
+    flags = absolute_paths(flags)
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
     policy, cfg, origin = prepare(flags, adapt)
@@ -65,8 +66,9 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     # Every run measures on the same held-out cues, whatever its seed and its source of cues.
     heldout_cues = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
     folder = folder or run_folder.new_folder(cfg.out)
-    inputs = {"task": task} | run_folder.fingerprints(policy.base_model, *files.values(), Path(cfg.data))
-    origin = run_folder.write_config(folder, stored, cfg, origin, inputs)
+    input_files = run_folder.input_files(*files.values(), Path(cfg.data))
+    inputs = {"task": task} | run_folder.fingerprints(policy.base_model, input_files)
+    origin = run_folder.write_config(folder, stored, cfg, origin, inputs, input_files)
     print_settings(cfg, policy.processor.family, origin)
     for part in (part for part in cues.left_out if part.reasons):
         print(part)

@@ -1,6 +1,7 @@
 """The folder of a run: whenever the run stops, --resume continues it as if it had not stopped.
 
-config.json              every setting, before anything else
+inputs.json              size and date of each input file, before anything else
+config.json              every setting
 answers.jsonl            replies of the base model, later of the trained one, each as soon as it is generated
 metrics.jsonl            one line per step
 checkpoints/step-NNNNNN  adapter and optimizer after N steps; the last two are kept
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.coco import read_input
-from files.disk import file_stats, fingerprint, sync, write_json
+from files.disk import fingerprint, stats_by_name, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
@@ -67,17 +68,21 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         raise UserError(f"Another process is at work in {folder}: stop it, or wait until it ends.") from None
 
 
-def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: dict) -> dict[str, str]:
-    """Writes config.json of a new run; of a resumed run UserError if its inputs have changed.
+def write_config(
+    folder: Path, stored: Any, cfg: Config, origin: dict, inputs: dict, files: dict | None = None
+) -> dict[str, str]:
+    """Writes inputs.json and config.json of a new run; of a resumed run UserError if its inputs have changed.
 
-    stored: config.json of a resumed run, else None; origin: of each setting; inputs: those of `fingerprints`.
-    Returns the origins, of a resumed run the stored ones.
+    stored: config.json of a resumed run, else None; origin: of each setting; inputs: those of `fingerprints`;
+    files: those of `input_files`. Returns the origins, of a resumed run the stored ones.
     """
-    path = folder / "config.json"
+    path, files_path = folder / "config.json", folder / "inputs.json"
     if stored is None:
+        write_json(files_path, files or {})
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()})
         return origin
-    require_same_settings(path, stored, inputs)
+    old_files = read_input("resume", files_path, "inputs.json of a run", json.loads) if files_path.exists() else {}
+    require_same_settings(path, stored, inputs, first_change(old_files, files or {}))
     return stored["origin"]
 
 
@@ -97,11 +102,24 @@ def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], d
     return read_input("resume", path, "config.json of a run", parse)
 
 
-def require_same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """UserError for the first setting in `wanted` that differs from the one found in the file `path`."""
+def require_same_settings(path: Path, found: dict, wanted: dict, change: str = "") -> None:
+    """UserError for the first setting in `wanted` that differs from the one found in the file `path`.
+
+    change: which input file differs, if one does.
+    """
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
-            raise UserError(f"{path} has {name} {old}, not {value}: give the same, or start a new run.")
+            raise UserError(f"{path} has {name} {old}, not {value}{change}: give the same, or start a new run.")
+
+
+def first_change(old: dict[str, dict], new: dict[str, dict]) -> str:
+    """Which input file was added, removed or changed first, or "". old, new: those of `input_files`."""
+    for path in old.keys() & new.keys():
+        for name in sorted(old[path].keys() | new[path].keys()):
+            if (before := old[path].get(name)) != (now := new[path].get(name)):
+                change = "was added" if before is None else "was removed" if now is None else "has changed"
+                return f" ({name if name != '.' else path} {change})"
+    return ""
 
 
 def weight_samples(model: torch.nn.Module) -> Iterator[bytes]:
@@ -111,11 +129,16 @@ def weight_samples(model: torch.nn.Module) -> Iterator[bytes]:
         yield sample.cpu().numpy().tobytes()
 
 
-def fingerprints(model: torch.nn.Module, *paths: Path | None) -> dict[str, str]:
-    """The inputs of a run, for config.json: fingerprints of the weights and of the files that exist."""
+def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
+    """Name, size and date of each file in the inputs of a run that exist, by path and name, for inputs.json."""
     existing = [path for path in paths if path and path.exists() and str(path) not in ("scenes", "coco")]
-    files = {f"{path} as of": fingerprint(file_stats(path)) for path in existing}
-    return {"weights": fingerprint(weight_samples(model))} | files
+    return {str(path): {name: s.decode() for name, s in stats_by_name(path).items()} for path in existing}
+
+
+def fingerprints(model: torch.nn.Module, files: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The inputs of a run, for config.json: fingerprints of the weights and of each of `input_files`."""
+    prints = {f"{path} as of": fingerprint(map(str.encode, stats.values())) for path, stats in files.items()}
+    return {"weights": fingerprint(weight_samples(model))} | prints
 
 
 def versions() -> dict[str, str]:

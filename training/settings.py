@@ -32,7 +32,7 @@ class Config:
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default: a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card, a weekend", ("", "paper", "qlora"))
-    steps: int = setting(300, "rollouts; paper: about 400 optimizer steps")
+    steps: int = setting(300, "rollouts, 0: evaluate alone; paper: about 400 optimizer steps")
     prompts: int | None = setting(None, "prompts per rollout; paper: 512", low=1)
     num_generations: int = setting(8, "completions per prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps per rollout, each on a share of its prompts; paper: 4", low=1)
@@ -40,14 +40,14 @@ class Config:
     rollout_batch: int = setting(16, "prompts in one rollout pass; memory and speed; ours", low=1)
     micro_batch: int | None = setting(None, "prompts in one training pass; memory and speed", low=1)
     gradient_checkpointing: bool | None = setting(None, "recompute layers; less memory, slower")
-    image_pixels: int | None = setting(None, "largest area of a full image for the model, in pixels; ours")
-    crop_pixels: int | None = setting(None, "largest area of a crop for the model, in pixels; ours")
+    image_pixels: int | None = setting(None, "largest area of a full image for the model, in pixels; ours", low=1)
+    crop_pixels: int | None = setting(None, "largest area of a crop for the model, in pixels; ours", low=1)
     max_new_tokens: int | None = setting(None, "longest completion, in tokens; ours", low=1)
-    lr: float | None = setting(None, "learning rate; paper: 1e-6, for full fine-tuning")
+    lr: float | None = setting(None, "learning rate, 0: learn nothing; paper: 1e-6, for full fine-tuning", high=100)
     decay: str = setting("linear", "learning rate after warm-up; paper: constant", ("linear", "constant"))
     warmup: float = setting(0.05, "share of the optimizer steps that warm up; paper", high=1)
     weight_decay: float = setting(0.01, "AdamW's weight decay; paper")
-    max_grad_norm: float = setting(1.0, "gradient norm to clip at; paper")
+    max_grad_norm: float = setting(1.0, "gradient norm to clip at, above 0; paper", low=1e-9)
     loss: str = setting("token_mean", "how the loss averages tokens; paper: token_mean", LOSSES)
     beta: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "clip range of the ratio below 1; paper's framework")
@@ -120,6 +120,16 @@ def read_flags(description: str, arguments: list[str] | None = None) -> dict[str
     if (data := flags.get("data", "scenes")) not in ("scenes", "coco") and not Path(data).is_dir():
         raise UserError(f"--data {data} does not exist: give scenes, coco or a folder of images.")
     return flags
+
+
+def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
+    """The same flags with absolute paths, so that a run can be resumed from any working folder.
+
+    tiny, scenes, coco and hub ids are no paths.
+    """
+    paths = ("data", "annotations", "images", "exclude", "expressions", "model")
+    given = {name: flags[name] for name in paths if flags.get(name) not in (None, "tiny", "scenes", "coco")}
+    return flags | {name: type(v)(Path(v).absolute()) for name, v in given.items() if Path(v).exists()}
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
