@@ -63,7 +63,7 @@ def open_session(policy: Policy, args: argparse.Namespace) -> Session:
     # Files that change under the same name make other replies, so their dates are settings too.
     for path in inputs:
         if path is not None and Path(path).exists():
-            settings[f"{path} as of"] = fingerprint(file_stats(Path(path)))
+            settings[f"{path} as of"] = fingerprint(file_stats(Path(path)).values())
     name = f"{args.task}-{fingerprint([json.dumps(settings, sort_keys=True).encode()])}"
     folder = args.out or (args.adapter.parent if args.adapter else Path("runs") / "eval") / name
     return Session(policy, args, ReplyCache(folder / "answers.jsonl", settings), folder)

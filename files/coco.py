@@ -52,19 +52,15 @@ def read_input(flag: str, path: Path | None, description: str, parse: Callable[[
 # ---------------------------------------------------------------- values as exporters write them
 
 
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # False for a NaN too
-
-
-def as_number(value: Any) -> Any:
-    """The number that a text holds; whatever is no such text stays as it is.
+def as_number(value: Any) -> float | None:
+    """A number, also from a text that holds it; None for anything else, a NaN and what is too large.
 
     >>> as_number("12.5"), as_number(7), as_number("wide")
-    (12.5, 7, 'wide')
+    (12.5, 7, None)
     """
     with suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
+        value = float(value) if isinstance(value, str) else value
+    return value if type(value) in (int, float) and abs(value) < 1e9 else None
 
 
 def whole_id(value: Any) -> Any:
@@ -101,10 +97,9 @@ def compact(entry: dict) -> dict | list:
 def parse_instances(text: str) -> dict[str, Any]:
     """COCO's instances JSON with compact annotations; ValueError where a part of it is missing."""
     data = json.loads(text, object_hook=compact)
-    if not isinstance(data, dict):
-        raise ValueError('it is a list, as results are, and has no "images"')
-    if missing := [key for key in ("images", "annotations") if not isinstance(data.get(key), list)]:
-        raise ValueError(f'it has no list "{missing[0]}"')
+    for key in ("images", "annotations"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(f'it has no list "{key}"')
     return data
 
 
@@ -126,52 +121,49 @@ def name_of(photo: Any) -> Any:
     return entry.get("file_name") or last_part(str(entry.get("coco_url", "")))
 
 
-def find_name(name: str, folder: Path | None, is_unique: bool = True) -> str:
+def find_name(name: str, folder: Path | None, is_unique: bool) -> str:
     """The name of an image below its folder, where exporters write other folders or another Unicode form.
 
     is_unique: no other image has the same last part of its name. UnusableImage where the name leads out of
     the folder, and the folder has no image of its last part.
     """
-    is_plain = name.isascii() and "/" not in name and "\\" not in name  # then no search: COCO has 118,000
-    candidates = [name, name.replace("\\", "/"), *([last_part(name)] if is_unique else [])]
-    for candidate in [c for c in candidates if not leads_out(c)] if folder and not is_plain else []:
+    posix = name.replace("\\", "/")
+    candidates = (name, posix, last_part(name)) if is_unique else (name, posix)
+    # Most names need no search, and COCO has 118,000 of them.
+    for candidate in candidates if folder and not (posix.isascii() and "/" not in posix) else ():
         # macOS stores é as two characters, most other programs as one.
         for form in (candidate, *(unicodedata.normalize(form, candidate) for form in ("NFC", "NFD"))):
             with suppress(OSError):  # no file can have this name
-                if (folder / form).is_file():
+                if not leads_out(form) and (folder / form).is_file():
                     return form
     if leads_out(name):
         raise UnusableImage("outside their folder")
-    return candidates[1]
+    return posix
 
 
-def read_photo(
-    photo: Any, photos: dict, folder: Path | None, last_parts: dict[str, int]
-) -> tuple[str, tuple[int, int]]:
-    """File name, width and height of an entry of COCO's `images`; UnusableImage with the reason otherwise.
+def read_photo(photo: Any, photos: dict, folder: Path | None, last_parts: dict) -> tuple[str, tuple]:
+    """File name and size of an entry of COCO's `images`; UnusableImage with the reason otherwise.
 
     photos: the entries before it, by id; last_parts: how many names have each last part.
     """
     if not isinstance(photo, dict) or not isinstance(whole_id(photo.get("id")), int | str):
         raise UnusableImage("without an id")
-    name, size = name_of(photo), [as_number(photo.get(side)) for side in ("width", "height")]
+    name, size = name_of(photo), tuple(as_number(photo.get(side)) for side in ("width", "height"))
     if whole_id(photo["id"]) in photos:
         raise UnusableImage("with an id that occurs twice")
-    if not name or not isinstance(name, str) or not all(is_number(v) and v == int(v) for v in size):
+    if not name or not isinstance(name, str) or not all(side and side == int(side) for side in size):
         raise UnusableImage("without a name, width and height")
     if min(size) < LEAST_SIDE or max(size) > NARROWEST * min(size):
         raise UnusableImage("too small or narrow")
-    return find_name(name, folder, last_parts[last_part(name)] == 1), (int(size[0]), int(size[1]))
+    return find_name(name, folder, last_parts[last_part(name)] == 1), tuple(map(int, size))
 
 
 def index_photos(entries: list, folder: Path | None, left_out: LeftOut) -> dict:
     """Name and size of each usable image, by id; the others are counted in `left_out`."""
-    photos = {}
-    last_parts = Counter(map(last_part, {str(name_of(entry)) for entry in entries}))
+    photos, last_parts = {}, Counter(map(last_part, {str(name_of(entry)) for entry in entries}))
     for entry in entries:
         try:
-            photo = read_photo(entry, photos, folder, last_parts)
-            photos[whole_id(entry["id"])] = photo
+            photos[whole_id(entry["id"])] = read_photo(entry, photos, folder, last_parts)
         except UnusableImage as reason:
             left_out.add(str(reason))
     return photos
@@ -186,65 +178,59 @@ def as_row(entry: Any) -> list | None:
     if not isinstance(row, list) or len(row) != len(KEYS):
         return None
     *ids, is_crowd, box = row
-    return [*map(whole_id, ids), is_crowd, list(map(as_number, box)) if isinstance(box, list) else box]
+    box = tuple(map(as_number, box)) if isinstance(box, list) else ()
+    return [*map(whole_id, ids), str(is_crowd).lower() not in NOT_A_CROWD, box]
 
 
-def box_problem(row: Any, photos: dict, seen: set) -> str:
+def box_problem(row: list | None, photos: dict, seen: set) -> str:
     """Why an annotation, the values of KEYS, cannot be used, or "".
 
     photos: name and size of each usable image, by id; seen: ids and boxes of the annotations before it.
     """
     if row is None or not all(isinstance(value, int | str | None) for value in row[:3]):
         return "without a box"
-    image_id, *_, box = row
-    if image_id not in photos:
+    box = row[4]
+    if row[0] not in photos:
         return "without a usable image"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+    if len(box) != 4 or None in box:
         return "with a box that is not four numbers"
     # Ids are optional, and boxes that differ are different objects even if exporters number them alike.
-    if row[2] is not None and (*row[:3], *box) in seen:
+    if row[2] is not None and (*row[:3], box) in seen:
         return "that occur twice"
     return "with an empty or inverted box" if box[2] <= 0 or box[3] <= 0 else ""
 
 
-def fits(box: list[float], width: int, height: int) -> bool:
-    x, y, w, h = box
-    return x + w <= width + 1 and y + h <= height + 1  # rounding alone can take a box a pixel too far
+def fits(box: tuple, size: tuple) -> bool:
+    """Whether a box ends inside an image; rounding alone can take it a pixel too far."""
+    return box[0] + box[2] <= size[0] + 1 and box[1] + box[3] <= size[1] + 1
 
 
-def turned_photos(rows: list[list], photos: dict, folder: Path | None) -> list:
-    """The ids of images whose boxes were drawn on the pixels as the file's EXIF orientation turns them.
+def turn_photos(rows: list[list], photos: dict, folder: Path | None) -> int:
+    """Swaps width and height of images whose boxes are on the pixels as EXIF turns them; returns how many.
 
     Some annotation tools state the size of the stored pixels nevertheless. An image is one of these if a box
-    fits only the turned size, no box fits only the stored one, and the file has such an orientation. Where
+    reaches beyond the stored size, all boxes fit the turned one, and the file has such an orientation. Where
     all boxes fit both sizes, nothing tells them apart: they are taken as on the stored pixels, like COCO's.
     """
-    boxes = {row[0]: [] for row in rows if folder and not fits(row[4], *photos[row[0]][1])}
-    for image_id, *_, box in rows if boxes else []:
-        width, height = photos[image_id][1]
-        if image_id in boxes and fits(box, width, height) != fits(box, height, width):
-            boxes[image_id].append(fits(box, height, width))
-    # True for each box that fits only the turned size, False for each that fits only the stored one.
-    found = [image_id for image_id, votes in boxes.items() if votes and all(votes)]
-    return [image_id for image_id in found if is_turned(folder / photos[image_id][0], photos[image_id][1])]
+    beyond = {row[0] for row in rows if folder and not fits(row[4], photos[row[0]][1])}
+    beyond -= {row[0] for row in rows if row[0] in beyond and not fits(row[4], photos[row[0]][1][::-1])}
+    turned = {i: photos[i] for i in beyond if is_turned(folder / photos[i][0], photos[i][1])}
+    photos |= {image_id: (name, size[::-1]) for image_id, (name, size) in turned.items()}
+    return len(turned)
 
 
 def index_rows(entries: list, photos: dict, folder: Path | None, left_out: LeftOut) -> list[list]:
-    """The values of KEYS of each usable annotation; the others are counted in `left_out`.
-
-    Swaps width and height of the images in `photos` whose boxes are on turned pixels.
-    """
+    """The values of KEYS of each usable annotation; the others are counted in `left_out`."""
     rows, seen, inside = [], set(), []
     for row in map(as_row, entries):
         if problem := box_problem(row, photos, seen):
             left_out.add(problem)
         else:
             rows.append(row)
-            seen.add((*row[:3], *row[4]))
-    if turned := turned_photos(rows, photos, folder):
-        kind = "boxes that fit only the image as its EXIF orientation turns it, so they are read as turned"
-        warn_once(f"{len(turned):,} {left_out.what.replace('annotations', 'images')} have {kind}")
-    photos |= {image_id: (photos[image_id][0], photos[image_id][1][::-1]) for image_id in turned}
+            seen.add((*row[:3], row[4]))
+    if num_turned := turn_photos(rows, photos, folder):
+        images = left_out.what.replace("annotations", "images")
+        warn_once(f"boxes on {num_turned:,} {images} fit only the images as turned by EXIF, and are read so")
     for row in rows:
         (x, y, w, h), (width, height) = row[4], photos[row[0]][1]
         if x >= width or y >= height or x + w <= 0 or y + h <= 0:
@@ -255,9 +241,8 @@ def index_rows(entries: list, photos: dict, folder: Path | None, left_out: LeftO
 
 
 def index_coco(
-    text: str, name: str, split: str, excluded: set[int | str], texts: dict[str, str], need_text: bool,
-    folder: Path | None = None,
-) -> tuple[list[AnnotatedObject], list[LeftOut]]:  # fmt: skip
+    text: str, name: str, split: str, excluded: set, texts: dict, need_text: bool, folder: Path | None = None
+) -> tuple[list[AnnotatedObject], list[LeftOut]]:
     """The objects in COCO's instances JSON that cues of a split can show, and what is left out.
 
     text, name: of the JSON file. excluded: ids of images to leave out. texts: descriptions by annotation id;
@@ -268,26 +253,23 @@ def index_coco(
     left_out = [LeftOut(f"{part} in {name}", len(data[part])) for part in ("images", "annotations")]
     photos = index_photos(data["images"], folder, left_out[0])
     rows = index_rows(data["annotations"], photos, folder, left_out[1])
-    if excluded and excluded.isdisjoint(map(id_key, photos)):
-        warn_once(f"--exclude names no image of {name}: is it the list of another data set?")
-    categories = data.get("categories") if isinstance(data.get("categories"), list) else []
-    names = [(c.get("id"), c.get("name")) for c in categories if isinstance(c, dict)]
-    category_names = {whole_id(i): text for i, text in names if isinstance(i, int | float | str)}
+    categories = [c for c in data.get("categories") or [] if isinstance(c, dict)]
+    category_names = {whole_id(category.get("id")): category.get("name") for category in categories}
     # A category describes an object only if no other object of the image, crowds included, has it too.
     category_counts = Counter((image_id, category_id) for image_id, category_id, *_ in rows)
     id_counts = Counter(annotation_id for _, _, annotation_id, *_ in rows)
     for image_id, category_id, annotation_id, is_crowd, (x, y, w, h) in rows:
         is_unique = category_counts[image_id, category_id] == 1
-        description = category_names.get(category_id) if is_unique else None
         # An expression describes one object, so an id that several objects share has none.
-        if id_counts[annotation_id] == 1:
-            description = texts.get(str(annotation_id), description)
-        reasons = {"crowds": str(is_crowd).lower() not in NOT_A_CROWD}
-        reasons["excluded"] = id_key(image_id) in excluded
+        key = str(annotation_id) if id_counts[annotation_id] == 1 else None
+        description = texts.get(key, category_names.get(category_id) if is_unique else None)
+        reasons = {"crowds": is_crowd, "excluded": id_key(image_id) in excluded}
         reasons["of the other split"] = not in_split(image_id, split, 50)
         reasons["without a text"] = need_text and not description
         if reason := next(filter(reasons.get, reasons), None):  # the first that applies
             left_out[1].add(reason, on_purpose=True)
         else:
             objects.append(AnnotatedObject(*photos[image_id], (x, y, x + w, y + h), description))
+    if objects and excluded and excluded.isdisjoint(map(id_key, photos)):
+        warn_once(f"--exclude names no image of {name}: is it the list of another data set?")
     return objects, left_out

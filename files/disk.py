@@ -42,22 +42,20 @@ def visible_files(folder: Path) -> Iterator[Path]:
     """
     for parent, folders, names in os.walk(folder):
         if Path(parent) != folder and is_run_folder(Path(parent), names):
-            folders.clear()  # nor is anything below it visited
-            continue
+            names, folders[:] = [], []  # nor is anything below it visited
         folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = (name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FILES)
+        visible = [name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FILES]
         yield from (Path(parent, name) for name in visible)
 
 
 def is_run_folder(folder: Path, names: list[str]) -> bool:
     """Whether a folder with files of these names is that of a run: a new one may hold its settings alone."""
-    if "metrics.jsonl" in names:
-        return True
-    return "config.json" in names and b'"task":' in (folder / "config.json").read_bytes()
+    has_task = "config.json" in names and b'"task":' in (folder / "config.json").read_bytes()
+    return has_task or "metrics.jsonl" in names
 
 
-def stats_by_name(path: Path) -> dict[str, bytes]:
-    """Name, size and modification time of a file, or of each file in a folder, by its name below `path`.
+def file_stats(path: Path) -> dict[str, bytes]:
+    """Name, size and modification time of a file, or of each file in a folder, by its name below the folder.
 
     Model cards (.md) and reply caches (.jsonl) in a folder do not count: they change without the model.
     Neither does a link to a file that does not exist.
@@ -66,8 +64,3 @@ def stats_by_name(path: Path) -> dict[str, bytes]:
     counted = [file for file in sorted(files) if file.suffix not in (".md", ".jsonl") and file.exists()]
     stats = {file.relative_to(path).as_posix(): (file.name, file.stat()) for file in counted}
     return {key: repr((name, s.st_size, s.st_mtime_ns)).encode() for key, (name, s) in stats.items()}
-
-
-def file_stats(path: Path) -> list[bytes]:
-    """The values of `stats_by_name`, for `fingerprint`."""
-    return list(stats_by_name(path).values())

@@ -78,7 +78,7 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
             if image.size == size and is_turned(path, size):
-                warn_once("boxes on images with an EXIF orientation are read as on the stored pixels")
+                warn_once("boxes on photos that EXIF turns are read as on the stored pixels, whose size is stated")
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")
@@ -155,9 +155,8 @@ def open_folder(folder: Path, split: str) -> tuple[list[str], Photos]:
     names = (p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in SUFFIXES)
     names = sorted(name for name in names if in_split(name, split, 10))
     if not names:
-        others = Counter(p.suffix.lower() or "without a suffix" for p in files)
-        passed_over = [f"{n:,} {suffix:.20}" for suffix, n in others.most_common(5) if suffix not in SUFFIXES]
-        reason = f" (passed over: {', '.join(passed_over)})" if passed_over else ""
-        remedy = f"give a folder with more images, of {', '.join(SUFFIXES)}"
-        raise UserError(f"--data {folder} has no image for {split} cues{reason}: {remedy}.")
+        others = Counter(p.suffix.lower() for p in files if p.suffix.lower() not in SUFFIXES)
+        held = ", ".join(f"{n:,} {suffix:.20}" for suffix, n in others.most_common(5)) or "no other files"
+        remedy = f"give a folder with more images of {' '.join(SUFFIXES)}"
+        raise UserError(f"--data {folder} has no image for {split} cues, but {held}: {remedy}.")
     return names, Photos(folder, LeftOut(f"{split} images in {folder}", len(names)))

@@ -177,7 +177,7 @@ def export_cues(out: Path, format: str, split: str, limit: int, data: str, seed:
     settings |= {name: getattr(target.family, name) for name in FAMILY_SETTINGS}
     settings |= {name: path and path.resolve() for name, path in flags.items()}
     for path in filter(None, (*flags.values(), folder)):
-        settings[f"{path.resolve()} as of"] = fingerprint(file_stats(path))
+        settings[f"{path.resolve()} as of"] = fingerprint(file_stats(path).values())
     out.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(out):
         check_settings(out / f"{split}.settings.json", settings, out / f"{split}.jsonl")

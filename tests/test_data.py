@@ -307,6 +307,16 @@ def exif_6() -> dict:
 
 
 COLOUR, GREY, PALETTE = noise(200, 100), noise(200, 100).convert("L"), noise(200, 100).quantize(32)
+
+
+def on_white(alphas) -> Image.Image:
+    """PALETTE where each colour has an opacity, before a white ground."""
+    colours = np.array(PALETTE.getpalette()).reshape(-1, 3)[:32]
+    share = np.array(alphas)[:, None] / 255
+    composed = np.round(colours * share + 255 * (1 - share)).astype(np.uint8)
+    return Image.fromarray(composed[np.asarray(PALETTE)])
+
+
 SIXTEEN = (np.arange(200 * 100).reshape(100, 200) * 3).astype(np.uint16)
 TURNED = COLOUR.transpose(Image.Transpose.ROTATE_270)
 KINDS = {  # kind: the image, its file name, options of save, the size in the JSON, the expected RGB image
@@ -316,8 +326,8 @@ KINDS = {  # kind: the image, its file name, options of save, the size in the JS
     "grey and alpha": (GREY.convert("LA"), "a.png", {}, None, GREY.convert("RGB")),
     "CMYK": (COLOUR.convert("CMYK"), "a.jpg", {"quality": 98}, None, COLOUR),
     "palette": (PALETTE, "a.png", {}, None, PALETTE.convert("RGB")),
-    "palette, alpha": (PALETTE, "a.png", {"transparency": bytes(range(32))}, None, PALETTE.convert("RGB")),
-    "GIF": (PALETTE, "a.gif", {"transparency": 3}, None, PALETTE.convert("RGB")),
+    "palette, alpha": (PALETTE, "a.png", {"transparency": bytes(range(32))}, None, on_white(range(32))),
+    "GIF": (PALETTE, "a.gif", {"transparency": 3}, None, on_white([255] * 3 + [0] + [255] * 28)),
     "16 bit": (Image.fromarray(SIXTEEN), "a.png", {}, None, Image.fromarray(SIXTEEN // 256).convert("RGB")),
     "boxes on raw pixels": (COLOUR, "a.png", exif_6(), None, COLOUR),
     "boxes on turned pixels": (COLOUR, "a.png", exif_6(), (100, 200), TURNED),
@@ -582,6 +592,7 @@ def test_show_ends_with_one_sentence_on_bad_data(tmp_path):
 def test_show_reads_coco(corpus, tmp_path, monkeypatch, capsys):
     corpus.image(an_id(False), noise(200, 100))
     corpus.box(an_id(False), 30, 30, 20, 20)
+    corpus.image(5, noise(200, 100))
     (tmp_path / "ids.txt").write_text("5\n6\n")
     monkeypatch.chdir(tmp_path)
     flags = ["--annotations", str(corpus.file), "--images", "images", "--exclude", "ids.txt"]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TextIO
@@ -31,7 +32,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.coco import read_input
-from files.disk import fingerprint, stats_by_name, sync, write_json
+from files.disk import file_stats, fingerprint, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
@@ -81,8 +82,10 @@ def write_config(
         write_json(files_path, files or {})
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()})
         return origin
-    old_files = read_input("resume", files_path, "inputs.json of a run", json.loads) if files_path.exists() else {}
-    require_same_settings(path, stored, inputs, first_change(old_files, files or {}))
+    old_path = files_path if files_path.exists() else None  # runs of older versions have none
+    find_change = partial(first_change, new=files or {})
+    change = read_input("resume", old_path, "inputs.json of a run", find_change)
+    require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
 
@@ -109,16 +112,18 @@ def require_same_settings(path: Path, found: dict, wanted: dict, change: str = "
     """
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
-            raise UserError(f"{path} has {name} {old}, not {value}{change}: give the same, or start a new run.")
+            remedy = "give the same, or start a new run"
+            raise UserError(f"{path} has {name} {old}, not {value}{change}: {remedy}.")
 
 
-def first_change(old: dict[str, dict], new: dict[str, dict]) -> str:
-    """Which input file was added, removed or changed first, or "". old, new: those of `input_files`."""
+def first_change(text: str, new: dict[str, dict]) -> str:
+    """Which input file was added, removed or changed, or "". text: of inputs.json; new: as of `input_files`."""
+    old = json.loads(text or "{}")
     for path in old.keys() & new.keys():
         for name in sorted(old[path].keys() | new[path].keys()):
             if (before := old[path].get(name)) != (now := new[path].get(name)):
                 change = "was added" if before is None else "was removed" if now is None else "has changed"
-                return f" ({name if name != '.' else path} {change})"
+                return f" ({path if name == '.' else name} {change})"
     return ""
 
 
@@ -130,9 +135,9 @@ def weight_samples(model: torch.nn.Module) -> Iterator[bytes]:
 
 
 def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
-    """Name, size and date of each file in the inputs of a run that exist, by path and name, for inputs.json."""
+    """Size and date of each file in the inputs of a run, by path and name, for inputs.json."""
     existing = [path for path in paths if path and path.exists() and str(path) not in ("scenes", "coco")]
-    return {str(path): {name: s.decode() for name, s in stats_by_name(path).items()} for path in existing}
+    return {str(path): {name: s.decode() for name, s in file_stats(path).items()} for path in existing}
 
 
 def fingerprints(model: torch.nn.Module, files: dict[str, dict[str, str]]) -> dict[str, str]:

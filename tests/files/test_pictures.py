@@ -9,15 +9,17 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, features
 from random_models import noise
 
 import locus_mini
 from data import CueConfig, coco_cues, folder_cues
 from files.coco import index_coco
+from files.disk import file_stats
 from files.errors import UserError
-from files.pictures import LeftOut, Photos, UnusableImage, load_image
+from files.pictures import LeftOut, Photos, UnusableImage, load_image, open_folder
 
 SIZE = (320, 240)
 
@@ -146,7 +148,7 @@ BAD_IMAGES = {
     "without an id": [IMAGE | {"id": None}, IMAGE | {"id": [3]}, "text", None, {}],
     "with an id that occurs twice": [IMAGE, IMAGE | {"file_name": "other.png"}],
     "without a name, width and height": [
-        IMAGE | {"id": 2, "width": "320"},
+        IMAGE | {"id": 2, "width": "wide"},
         IMAGE | {"id": 3, "height": None},
         IMAGE | {"id": 4, "width": math.nan},
         IMAGE | {"id": 5, "file_name": 7},
@@ -169,11 +171,11 @@ BAD_IMAGES = {
     ],
 }
 BAD_BOXES = {
-    "with an id that occurs twice": [BOX, BOX | {"bbox": [50, 50, 30, 30]}],
+    "that occur twice": [BOX, BOX | {"area": 400}],
     "without a usable image": [BOX | {"id": 2, "image_id": 99}, BOX | {"id": 3, "image_id": "1"}],
     "without a box": [{"id": 2, "image_id": 1}, BOX | {"id": 3, "image_id": [1]}, BOX | {"id": {}}, "text"],
     "with a box that is not four numbers": [
-        BOX | {"id": 2, "bbox": ["10", "10", "20", "20"]},
+        BOX | {"id": 2, "bbox": ["10", "10", "20", "wide"]},
         BOX | {"id": 3, "bbox": [10, 10, 20]},
         BOX | {"id": 4, "bbox": [10, 10, math.nan, 20]},
         BOX | {"id": 5, "bbox": [10, math.inf, 20, 20]},
@@ -252,3 +254,108 @@ def test_a_run_on_bad_data_succeeds_and_counts_what_it_left_out(tmp_path, monkey
     left_out = json.loads((tmp_path / "run" / "results.json").read_text())["left_out"]
     total = sum(sum(reasons.values()) for reasons in left_out.values())
     assert 1 <= total <= len(BAD) - 1
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def ellipse_on_nothing() -> Image.Image:
+    """A black ellipse on a transparent black ground, as vector tools save a drawing."""
+    image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
+    ImageDraw.Draw(image).ellipse((40, 40, 200, 160), fill=(0, 0, 0, 255))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    ellipse_on_nothing().convert(mode).save(tmp_path / "1.png")
+    image = load_image(tmp_path / "1.png")
+    assert image.getpixel((5, 5)) == (255, 255, 255) and image.getpixel((120, 100)) == (0, 0, 0)
+
+
+GREY = np.asarray(noise(SIZE, 3).convert("L"))
+DEEP = {  # values of more than 8 bits, and the grey levels that they stand for
+    "12 bits in 16": (GREY.astype(np.uint16) * 16 + 15, GREY),
+    "16 bits": (GREY.astype(np.uint16) * 256 + 255, GREY),
+    "32 bits": ((GREY > 99) * np.int32(100_000), (GREY > 99) * 255),
+    "floats to 1": (GREY.astype(np.float32) / 255, GREY),
+    "floats to 255": (GREY.astype(np.float32), GREY),
+    "floats of their own range": (
+        GREY.astype(np.float32) * 10 - 500,
+        (GREY - GREY.min()) * 255.0 / np.ptp(GREY),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_images_keep_their_levels(kind, tmp_path):
+    values, expected = DEEP[kind]
+    Image.fromarray(values).save(tmp_path / "1.tif")
+    levels = np.asarray(load_image(tmp_path / "1.tif").convert("L")).astype(float)
+    assert np.abs(levels - expected).max() <= (1 if "own" in kind else 0)
+
+
+def test_values_that_are_not_finite_are_a_reason(tmp_path):
+    Image.fromarray(np.where(GREY > 99, np.inf, GREY).astype(np.float32)).save(tmp_path / "1.tif")
+    with pytest.raises(UnusableImage, match="not finite"):
+        load_image(tmp_path / "1.tif")
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "tif", "tiff", "gif"])
+def test_other_formats_are_listed_and_read(suffix, tmp_path):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for i in range(30):
+        noise(SIZE, i).save(tmp_path / f"{i}.{suffix}")
+    assert folder_cues(tmp_path, CueConfig(), "train", 0)[0].image.size == SIZE
+
+
+def test_heic_is_named_as_a_format_that_is_not_read(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(UnusableImage, match="of a format that is not read"):
+        load_image(tmp_path / "1.jpg")
+
+
+def test_a_folder_of_other_files_is_one_sentence_with_counts(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.heic").touch()
+        (tmp_path / f"{i % 7}.svg").touch()
+    with pytest.raises(UserError, match=r"30 \.heic, 7 \.svg") as raised:
+        open_folder(tmp_path, "train")
+    assert len(str(raised.value)) <= 400
+
+
+# ---------------------------------------------------------------- what file managers and runs leave
+
+
+def leave_files(folder: Path, kind: str) -> None:
+    """Adds what is no input: of file managers, or of a run with --out inside --data."""
+    if kind == "files":
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._1.png", ".hidden.png"):
+            (folder / name).write_bytes(b"x")
+    elif kind == "link":
+        (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    else:
+        (folder / "runs" / "a" / "adapter").mkdir(parents=True)
+        name, text = ("metrics.jsonl", "") if kind == "run" else ("config.json", '{"lr": 1, "task": "locus"}')
+        (folder / "runs" / "a" / name).write_text(text)
+        noise(SIZE, 1).save(folder / "runs" / "a" / "before_after.png")
+        noise(SIZE, 1).save(folder / "runs" / "a" / "adapter" / "1.png")
+
+
+@pytest.mark.parametrize("kind", ["files", "link", "run", "new run"])
+def test_what_is_no_input_changes_nothing(kind, tmp_path):
+    for i in range(12):
+        noise(SIZE, i).save(tmp_path / f"{i}.png")
+    names, stats = open_folder(tmp_path, "train")[0], file_stats(tmp_path)
+    leave_files(tmp_path, kind)
+    assert file_stats(tmp_path) == stats and len(stats) == 12
+    found, photos = open_folder(tmp_path, "train")
+    assert set(found) - set(names) <= ({"dangling.png"} if kind == "link" else set())
+    assert photos.open("dangling.png") is None and photos.left_out.reasons == {"missing": 1}
+
+
+def test_a_run_folder_itself_can_be_the_input(tmp_path):
+    noise(SIZE, 0).save(tmp_path / "1.png")
+    (tmp_path / "metrics.jsonl").touch()
+    assert list(file_stats(tmp_path)) == ["1.png"]

@@ -226,20 +226,65 @@ def test_a_damaged_checkpoint_leaves_the_one_before(run, monkeypatch, capsys, un
     assert_same_end(run, uninterrupted)
 
 
-def test_changed_images_are_refused(tmp_path, monkeypatch, capsys):
-    for i in range(30):
-        noise((320, 240), i).save(tmp_path / f"{i}.png")
+CHANGES = {  # what happens to a folder of images, and the change that the message names
+    "changed": (lambda folder: noise((320, 240), 99).save(folder / "7.png"), "7.png has changed"),
+    "added": (lambda folder: noise((320, 240), 99).save(folder / "new.png"), "new.png was added"),
+    "removed": (lambda folder: (folder / "7.png").unlink(), "7.png was removed"),
+}
+
+
+def stopped_run(images: Path, monkeypatch, capsys, *flags: object) -> Path:
+    """A run on a folder of images that is interrupted before its first step."""
 
     def interrupted_train(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(locus_mini, "train", interrupted_train)
-    out = tmp_path / "run"
-    code, stderr = in_process(monkeypatch, capsys, "--out", out, "--data", tmp_path, *SMALL)
+    images.mkdir()
+    for i in range(30):
+        noise((320, 240), i).save(images / f"{i}.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(locus_mini, "train", interrupted_train)
+        out = images.parent / "run"
+        code, stderr = in_process(monkeypatch, capsys, "--out", out, *(flags or ("--data", images)), *SMALL)
     assert code == 130, stderr
-    noise((320, 240), 99).save(tmp_path / "7.png")
+    return out
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_changed_images_are_refused_and_named(kind, tmp_path, monkeypatch, capsys):
+    out = stopped_run(tmp_path / "images", monkeypatch, capsys)
+    change, named = CHANGES[kind]
+    change(tmp_path / "images")
     code, stderr = in_process(monkeypatch, capsys, "--resume", out)
-    assert code == 2 and "as of" in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert code == 2 and "as of" in last and named in last and len(last) - 2 * len(str(tmp_path)) < 200
+    (out / "inputs.json").unlink()
+    code, stderr = in_process(monkeypatch, capsys, "--resume", out)
+    assert code == 2 and "as of" in stderr, "a run of an older version has no inputs.json"
+
+
+def test_a_damaged_list_of_inputs_is_one_sentence(tmp_path, monkeypatch, capsys):
+    out = stopped_run(tmp_path / "images", monkeypatch, capsys)
+    for content in ("[", "[1]", '{"%s": 3}' % (tmp_path / "images")):
+        (out / "inputs.json").write_text(content)
+        code, stderr = in_process(monkeypatch, capsys, "--resume", out)
+        assert code == 2 and "inputs.json" in stderr and "Traceback" not in stderr
+
+
+def test_files_of_the_system_do_not_end_a_run_and_neither_does_another_working_folder(
+    tmp_path, monkeypatch, capsys
+):
+    """The run is given a relative --data, and is in the folder itself."""
+    monkeypatch.chdir(tmp_path)
+    out = stopped_run(Path("images"), monkeypatch, capsys).resolve()
+    shutil.move(out, tmp_path / "images" / "run")
+    (tmp_path / "images" / ".DS_Store").touch()
+    monkeypatch.chdir("/")
+    config = json.loads((tmp_path / "images/run/config.json").read_text())
+    assert config["data"] == str(tmp_path / "images")
+    monkeypatch.setattr(locus_mini, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, stderr = in_process(monkeypatch, capsys, "--resume", tmp_path / "images" / "run")
+    assert code == 130, stderr
 
 
 def test_two_processes_cannot_share_a_run(run, monkeypatch, capsys):
