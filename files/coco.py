@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from files.errors import UserError, require_file
-from files.pictures import LEAST_SIDE, NARROWEST, LeftOut, UnusableImage, in_split, is_turned, warn_once
+from files.pictures import LEAST_SIDE, NARROWEST, LeftOut, Photos, UnusableImage, in_split, warn_once
 from reward import Box
 
 KEYS = ("image_id", "category_id", "id", "iscrowd", "bbox")  # the values of an annotation that are used
@@ -209,13 +209,16 @@ def turn_photos(rows: list[list], photos: dict, folder: Path | None) -> int:
     """Swaps width and height of images whose boxes are on the pixels as EXIF turns them; returns how many.
 
     Some annotation tools state the size of the stored pixels nevertheless. An image is one of these if a box
-    reaches beyond the stored size, all boxes fit the turned one, and the file has such an orientation. Where
+    reaches beyond the stated size, all boxes fit the turned one, and the file can be read in that size. Where
     all boxes fit both sizes, nothing tells them apart: they are taken as on the stored pixels, like COCO's.
     """
     beyond = {row[0] for row in rows if folder and not fits(row[4], photos[row[0]][1])}
     beyond -= {row[0] for row in rows if row[0] in beyond and not fits(row[4], photos[row[0]][1][::-1])}
-    turned = {i: photos[i] for i in beyond if is_turned(folder / photos[i][0], photos[i][1])}
-    photos |= {image_id: (name, size[::-1]) for image_id, (name, size) in turned.items()}
+    turned = {i: (photos[i][0], photos[i][1][::-1]) for i in beyond}
+    # A total without limit: what cannot be used is counted later, when a cue needs it.
+    probe = Photos(folder, LeftOut("images", 10**9))
+    turned = {image_id: photo for image_id, photo in turned.items() if probe.open(*photo)}
+    photos |= turned
     return len(turned)
 
 

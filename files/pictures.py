@@ -77,8 +77,10 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
                 raise UnusableImage(f"under {LEAST_SIDE} pixels on a side")
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
-            if image.size == size and is_turned(path, size):
-                warn_once("boxes on photos that EXIF turns are read as on the stored pixels, whose size is stated")
+            if image.size == size and is_turned(image):
+                warn_once(
+                    "boxes on photos that EXIF turns are read as on the stored pixels, whose size they "
+                )
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")
@@ -96,10 +98,10 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         raise UnusableImage(reasons.get(type(error), "broken or not an image")) from None
 
 
-def is_turned(path: Path, size: tuple[int, int]) -> bool:
-    """Whether a file stores an image of this size that its EXIF orientation turns by 90°."""
-    with suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        return image.size == size != size[::-1] and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation of an image, as it is stored, turns it by 90°."""
+    with suppress(Exception):  # EXIF data can be damaged in any way
+        return image.width != image.height and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     return False
 
 

@@ -117,7 +117,7 @@ def require_same_settings(path: Path, found: dict, wanted: dict, change: str = "
 
 
 def first_change(text: str, new: dict[str, dict]) -> str:
-    """Which input file was added, removed or changed, or "". text: of inputs.json; new: as of `input_files`."""
+    """The input file that was added, removed or changed, or "". text: inputs.json; new: of `input_files`."""
     old = json.loads(text or "{}")
     for path in old.keys() & new.keys():
         for name in sorted(old[path].keys() | new[path].keys()):
