@@ -173,31 +173,36 @@ def index_photos(entries: list, folder: Path | None, left_out: LeftOut) -> dict:
 
 
 def as_row(entry: Any) -> list | None:
-    """The values of KEYS of an annotation, with numbers where they are text; None without a box."""
+    """The values of KEYS of an annotation, with numbers where they are text; None without ids and a box.
+
+    A box that is not four numbers is ().
+    """
     row = [entry.get(key) for key in KEYS] if isinstance(entry, dict) and "bbox" in entry else entry
     if not isinstance(row, list) or len(row) != len(KEYS):
         return None
-    *ids, is_crowd, box = row
-    box = tuple(map(as_number, box)) if isinstance(box, list) else ()
-    return [*map(whole_id, ids), str(is_crowd).lower() not in NOT_A_CROWD, box]
+    ids, box = [*map(whole_id, row[:3])], tuple(map(as_number, row[4] if isinstance(row[4], list) else ()))
+    row = [*ids, str(row[3]).lower() not in NOT_A_CROWD, box if len(box) == 4 and None not in box else ()]
+    return row if all(isinstance(value, int | str | None) for value in ids) else None
 
 
-def box_problem(row: list | None, photos: dict, seen: set) -> str:
-    """Why an annotation, the values of KEYS, cannot be used, or "".
+def box_problem(row: list | None, photos: dict, seen: dict) -> str:
+    """Why an annotation, the result of `as_row`, cannot be used, or "".
 
-    photos: name and size of each usable image, by id; seen: ids and boxes of the annotations before it.
+    photos: name and size of each usable image, by id; seen: the annotations before it that can be used.
     """
-    if row is None or not all(isinstance(value, int | str | None) for value in row[:3]):
+    if row is None:
         return "without a box"
-    box = row[4]
     if row[0] not in photos:
         return "without a usable image"
-    if len(box) != 4 or None in box:
+    if not row[4]:
         return "with a box that is not four numbers"
     # Ids are optional, and boxes that differ are different objects even if exporters number them alike.
-    if row[2] is not None and (*row[:3], box) in seen:
+    if row[2] is not None and tuple(row) in seen:
         return "that occur twice"
-    return "with an empty or inverted box" if box[2] <= 0 or box[3] <= 0 else ""
+    (x, y, w, h), (width, height) = row[4], photos[row[0]][1]
+    if w <= 0 or h <= 0:
+        return "with an empty or inverted box"
+    return "with a box outside the image" if x >= width or y >= height or x + w <= 0 or y + h <= 0 else ""
 
 
 def fits(box: tuple, size: tuple) -> bool:
@@ -205,42 +210,37 @@ def fits(box: tuple, size: tuple) -> bool:
     return box[0] + box[2] <= size[0] + 1 and box[1] + box[3] <= size[1] + 1
 
 
-def turn_photos(rows: list[list], photos: dict, folder: Path | None) -> int:
-    """Swaps width and height of images whose boxes are on the pixels as EXIF turns them; returns how many.
+def turn_photos(rows: list, photos: dict, folder: Path) -> None:
+    """Swaps width and height of images whose boxes are on the pixels as the EXIF orientation turns them.
 
     Some annotation tools state the size of the stored pixels nevertheless. An image is one of these if a box
     reaches beyond the stated size, all boxes fit the turned one, and the file can be read in that size. Where
     all boxes fit both sizes, nothing tells them apart: they are taken as on the stored pixels, like COCO's.
     """
-    beyond = {row[0] for row in rows if folder and not fits(row[4], photos[row[0]][1])}
-    beyond -= {row[0] for row in rows if row[0] in beyond and not fits(row[4], photos[row[0]][1][::-1])}
-    turned = {i: (photos[i][0], photos[i][1][::-1]) for i in beyond}
+    boxes = [(row[0], row[4]) for row in rows if row and row[4] and row[0] in photos]
+    beyond = {image_id for image_id, box in boxes if not fits(box, photos[image_id][1])}
+    beyond -= {i for i, box in boxes if i in beyond and not fits(box, photos[i][1][::-1])}
     # A total without limit: what cannot be used is counted later, when a cue needs it.
-    probe = Photos(folder, LeftOut("images", 10**9))
-    turned = {image_id: photo for image_id, photo in turned.items() if probe.open(*photo)}
-    photos |= turned
-    return len(turned)
+    turned, probe = (
+        {i: (photos[i][0], photos[i][1][::-1]) for i in beyond},
+        Photos(folder, LeftOut("", 10**9)),
+    )
+    if turned := {image_id: photo for image_id, photo in turned.items() if probe.open(*photo)}:
+        photos |= turned
+        warn_once(f"boxes on {len(turned):,} images in {folder} fit only as EXIF turns them, and are read so")
 
 
 def index_rows(entries: list, photos: dict, folder: Path | None, left_out: LeftOut) -> list[list]:
     """The values of KEYS of each usable annotation; the others are counted in `left_out`."""
-    rows, seen, inside = [], set(), []
-    for row in map(as_row, entries):
+    rows, seen = list(map(as_row, entries)), {}
+    if folder:
+        turn_photos(rows, photos, folder)
+    for row in rows:
         if problem := box_problem(row, photos, seen):
             left_out.add(problem)
         else:
-            rows.append(row)
-            seen.add((*row[:3], row[4]))
-    if num_turned := turn_photos(rows, photos, folder):
-        images = left_out.what.replace("annotations", "images")
-        warn_once(f"boxes on {num_turned:,} {images} fit only the images as turned by EXIF, and are read so")
-    for row in rows:
-        (x, y, w, h), (width, height) = row[4], photos[row[0]][1]
-        if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            left_out.add("with a box outside the image")
-        else:
-            inside.append(row)
-    return inside
+            seen[tuple(row) if row[2] is not None else object()] = row
+    return list(seen.values())
 
 
 def index_coco(

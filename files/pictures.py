@@ -78,9 +78,7 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
             if image.size == size and is_turned(image):
-                warn_once(
-                    "boxes on photos that EXIF turns are read as on the stored pixels, whose size they "
-                )
+                warn_once("boxes on photos that EXIF turns are read as on the stored pixels")
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")

@@ -69,9 +69,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         raise UserError(f"Another process is at work in {folder}: stop it, or wait until it ends.") from None
 
 
-def write_config(
-    folder: Path, stored: Any, cfg: Config, origin: dict, inputs: dict, files: dict | None = None
-) -> dict[str, str]:
+def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: dict, files: Any = ()) -> dict:
     """Writes inputs.json and config.json of a new run; of a resumed run UserError if its inputs have changed.
 
     stored: config.json of a resumed run, else None; origin: of each setting; inputs: those of `fingerprints`;
@@ -79,11 +77,11 @@ def write_config(
     """
     path, files_path = folder / "config.json", folder / "inputs.json"
     if stored is None:
-        write_json(files_path, files or {})
+        write_json(files_path, dict(files))
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()})
         return origin
     old_path = files_path if files_path.exists() else None  # runs of older versions have none
-    find_change = partial(first_change, new=files or {})
+    find_change = partial(first_change, new=dict(files))
     change = read_input("resume", old_path, "inputs.json of a run", find_change)
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
@@ -112,18 +110,16 @@ def require_same_settings(path: Path, found: dict, wanted: dict, change: str = "
     """
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
-            remedy = "give the same, or start a new run"
-            raise UserError(f"{path} has {name} {old}, not {value}{change}: {remedy}.")
+            raise UserError(f"{path} has {name} {old}, not {value}{change}: restore it, or start a new run.")
 
 
 def first_change(text: str, new: dict[str, dict]) -> str:
     """The input file that was added, removed or changed, or "". text: inputs.json; new: of `input_files`."""
     old = json.loads(text or "{}")
     for path in old.keys() & new.keys():
-        for name in sorted(old[path].keys() | new[path].keys()):
-            if (before := old[path].get(name)) != (now := new[path].get(name)):
-                change = "was added" if before is None else "was removed" if now is None else "has changed"
-                return f" ({path if name == '.' else name} {change})"
+        for name in sorted(dict(old[path].items() ^ new[path].items())):
+            change = "was added" if name not in old[path] else "has changed"
+            return f" ({path if name == '.' else name} {change if name in new[path] else 'was removed'})"
     return ""
 
 

@@ -274,7 +274,7 @@ def test_boxes_that_fit_only_turned_pixels_are_read_as_turned_with_one_warning(t
     assert red_shares(cues) == {1.0} and not any(part.unusable for part in cues.left_out)
     assert {cues[i].image.size for i in range(20)} == {(240, 320)}
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"{len(IMAGE_IDS)} images in" in err and "turned by EXIF" in err
+    assert err.count("\n") == 1 and f"{len(IMAGE_IDS)} images in" in err and "as EXIF turns them" in err
 
 
 @pytest.mark.parametrize(
