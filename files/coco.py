@@ -221,11 +221,9 @@ def turn_photos(rows: list, photos: dict, folder: Path) -> None:
     beyond = {image_id for image_id, box in boxes if not fits(box, photos[image_id][1])}
     beyond -= {i for i, box in boxes if i in beyond and not fits(box, photos[i][1][::-1])}
     # A total without limit: what cannot be used is counted later, when a cue needs it.
-    turned, probe = (
-        {i: (photos[i][0], photos[i][1][::-1]) for i in beyond},
-        Photos(folder, LeftOut("", 10**9)),
-    )
-    if turned := {image_id: photo for image_id, photo in turned.items() if probe.open(*photo)}:
+    probe = Photos(folder, LeftOut("images", 10**9))
+    turned = {i: (photos[i][0], photos[i][1][::-1]) for i in beyond}
+    if turned := {i: photo for i, photo in turned.items() if probe.open(*photo)}:
         photos |= turned
         warn_once(f"boxes on {len(turned):,} images in {folder} fit only as EXIF turns them, and are read so")
 

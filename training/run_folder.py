@@ -103,14 +103,14 @@ def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], d
     return read_input("resume", path, "config.json of a run", parse)
 
 
-def require_same_settings(path: Path, found: dict, wanted: dict, change: str = "") -> None:
+def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "") -> None:
     """UserError for the first setting in `wanted` that differs from the one found in the file `path`.
 
-    change: which input file differs, if one does.
+    note: which input file differs, if one does.
     """
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
-            raise UserError(f"{path} has {name} {old}, not {value}{change}: restore it, or start a new run.")
+            raise UserError(f"{path} has {name} {old}, not {value}{note}: give the same, or start a new run.")
 
 
 def first_change(text: str, new: dict[str, dict]) -> str:
