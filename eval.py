@@ -181,13 +181,11 @@ def benchmark_task(session: Session) -> dict[str, Any]:
     return finish(model_scores, results)
 
 
-def add_judged(
-    session: Session, scores: Scores, name: str, key: str, samples: list, make_prompt: Callable
-) -> None:
+def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, make: Callable) -> None:
     """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
     from evaluation.benchmarks import BENCHMARKS, aggregate, export_predictions, judge
 
-    prompts, ids = LazyList(make_prompt, samples), [sample.id for sample in samples]
+    prompts, ids = LazyList(make, samples), [sample.id for sample in samples]
     rows, replies = [], session.generate(key, prompts, ids, True)
     for sample, (text, frame) in zip(samples, replies, strict=True):
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one

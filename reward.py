@@ -76,14 +76,11 @@ def iou(box_a: Box, box_b: Box) -> float:
     overlap_width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
     overlap_height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
     intersection_area = overlap_width * overlap_height
-    union_area = (
-        (box_a[2] - box_a[0]) * (box_a[3] - box_a[1])
-        + (box_b[2] - box_b[0]) * (box_b[3] - box_b[1])
-        - intersection_area
-    )
-    if not (
-        overlap_width > 0 and overlap_height > 0 and union_area > 0
-    ):  # "not" catches a NaN too: all its comparisons are false
+    area_a = (box_a[2] - box_a[0]) * (box_a[3] - box_a[1])
+    area_b = (box_b[2] - box_b[0]) * (box_b[3] - box_b[1])
+    union_area = area_a + area_b - intersection_area
+    # Written with "not", because every comparison with a NaN is false.
+    if not (overlap_width > 0 and overlap_height > 0 and union_area > 0):
         return 0.0
     return min(1.0, intersection_area / union_area)
 

@@ -418,9 +418,8 @@ def export_predictions(path: Path, samples: list[Sample], replies: Iterable[tupl
             row["index"] = f"{row['split'].replace(' ', '_')}_{row['index']}"
         # The space keeps pandas from reading an empty reply, or "None", as a missing one.
         rows.append(row | {"prediction": prediction + " "})
-    columns = dict.fromkeys(
-        name for row in rows for name in row if name not in ("image", "image_path", "pair")
-    )
+    left_out = ("image", "image_path", "pair")
+    columns = dict.fromkeys(name for row in rows for name in row if name not in left_out)
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.DictWriter(file, columns, "", "ignore", delimiter="\t", quoting=csv.QUOTE_ALL)
         table.writeheader()

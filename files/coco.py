@@ -74,8 +74,7 @@ def id_key(value: int | str) -> int | str:
     >>> id_key("000000000285"), id_key(285), id_key("a7")
     (285, 285, 'a7')
     """
-    text = str(value)
-    return int(text) if text.isdecimal() and len(text) < 99 else value
+    return int(value) if str(value).isdecimal() and len(str(value)) < 99 else value
 
 
 def parse_ids(text: str) -> set[int | str]:

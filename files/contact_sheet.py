@@ -10,11 +10,11 @@ def contact_sheet(cues: Any, n: int) -> Image.Image:
     sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
     for i in range(n):
         cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
-        full_image = ImageOps.contain(cue.image, (320, 240))
-        box = [v * full_image.width / cue.image.width for v in cue.box]
-        ImageDraw.Draw(full_image).rectangle(box, outline="magenta", width=2)
-        sheet.paste(full_image, (x, y))
-        x += full_image.width + 10
+        image = ImageOps.contain(cue.image, (320, 240))
+        box = [v * image.width / cue.image.width for v in cue.box]
+        ImageDraw.Draw(image).rectangle(box, outline="magenta", width=2)
+        sheet.paste(image, (x, y))
+        x += image.width + 10
         sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
         label = f"cue {i}: the crop\nin the pink box\n{cue.size}\n{cue.text or ''}"
         ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)

@@ -103,9 +103,8 @@ def measure(model: str, trainer_name: str, repeat: int, folder: str) -> str:
         trainer.train()
         length = trainer.state.log_history[-2]["completions/mean_length"]
     wall, processor = (min(end - start for start, end in pairwise(times)) for times in zip(*clock.times))
-    peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20  # GB
-    size, memory = f"{model} ({millions:.1f} M)", f"{peak - loaded:.2f} GB"
-    return f"| {size} | {trainer_name} | {wall:.2f} | {processor:.2f} | {memory} | {length:.0f} |"
+    memory = f"{getrusage(RUSAGE_SELF).ru_maxrss / 2**20 - loaded:.2f} GB | {length:.0f}"
+    return f"| {model} ({millions:.1f} M) | {trainer_name} | {wall:.2f} | {processor:.2f} | {memory} |"
 
 
 def main() -> None:

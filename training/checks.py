@@ -47,7 +47,7 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
     cosine = F.cosine_similarity(before, prompt_gradient(policy, batch), dim=0).item()
     require(cosine > 0.999, f"after a rollout the gradient differs (cosine {cosine:.3f}): repacked weights?")
     varies = any(len(set(group)) > 1 for group in decode_completions(policy, rollouts))
-    require(varies, "all completions of a group are the same")
+    require(varies, "all completions of a group are the same: is --max-new-tokens too low?")
     with torch.no_grad():
         logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
         with policy.reference():
