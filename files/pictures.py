@@ -156,7 +156,7 @@ def open_folder(folder: Path, split: str) -> tuple[list[str], Photos]:
     names = sorted(name for name in names if in_split(name, split, 10))
     if not names:
         others = Counter(p.suffix.lower() for p in files if p.suffix.lower() not in SUFFIXES)
-        held = ", ".join(f"{n:,} {suffix:.20}" for suffix, n in others.most_common(5)) or "no other files"
+        held = ", ".join(f"{n:,} {suffix:.20}" for suffix, n in others.most_common(5)) or "none"
         remedy = f"give a folder with more images of {' '.join(SUFFIXES)}"
-        raise UserError(f"--data {folder} has no image for {split} cues, but {held}: {remedy}.")
+        raise UserError(f"--data {folder} has no image for {split} cues (other files: {held}): {remedy}.")
     return names, Photos(folder, LeftOut(f"{split} images in {folder}", len(names)))
