@@ -1,5 +1,7 @@
 """Small random models of both architectures, and prompts with images of different sizes, for fast tests."""
 
+import base64
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +83,13 @@ def with_adapter(policy: Policy, rank: int = 4) -> Policy:
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
     """An image of random pixels; Pillow's own noise cannot be seeded."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def png_cell(image: Image.Image, **options) -> str:
+    """The cell of a benchmark table that holds this image: base64 of a PNG, saved with Pillow's `options`."""
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def prompts(policy: Policy, count: int = 3) -> list[EncodedPrompt]:

@@ -1,7 +1,5 @@
 """eval.py as a program: scenes, benchmarks, an image of one's own, killed runs, memory that runs out."""
 
-import base64
-import io
 import json
 import shutil
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from random_models import noise, random_policy, with_adapter
+from random_models import noise, png_cell, random_policy, with_adapter
 
 import eval as evaluation
 from data import CueConfig, scene_cues
@@ -190,10 +188,7 @@ def test_an_empty_reply_is_a_reply(tmp_path, monkeypatch, capsys):
 
 def test_a_table_of_ones_own_and_its_predictions(adapter, tmp_path):
     rows = ["index\timage\tquestion\tA\tB\tanswer"]
-    for i in range(3):
-        with io.BytesIO() as file:
-            noise((60, 40), i).save(file, "PNG")
-            rows.append(f"{i}\t{base64.b64encode(file.getvalue()).decode()}\tWhat?\tred\tblue\tA")
+    rows += [f"{i}\t{png_cell(noise((60, 40), i))}\tWhat?\tred\tblue\tA" for i in range(3)]
     (tmp_path / "mine.tsv").write_text("\n".join(rows) + "\n")
     flags = ("--adapter", adapter, "--out", tmp_path / "out", "--export-vlmevalkit", tmp_path / "table.tsv")
     code, results = run("table", "--data", tmp_path / "mine.tsv", *flags)
@@ -206,10 +201,7 @@ def test_a_table_of_ones_own_and_its_predictions(adapter, tmp_path):
 def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):
     """A random Qwen2.5-VL on POPE: with and without the instruction, and the paper's pairing as an extra."""
     rows = ["index\tcategory\tquestion\tanswer\timage"]
-    for i in range(6):
-        with io.BytesIO() as file:
-            noise((60, 40), i).save(file, "PNG")
-            rows.append(f"{i}\trandom\tIs there a star?\tyes\t{base64.b64encode(file.getvalue()).decode()}")
+    rows += [f"{i}\trandom\tIs there a star?\tyes\t{png_cell(noise((60, 40), i))}" for i in range(6)]
     (tmp_path / "POPE.tsv").write_text("\n".join(rows) + "\n")
     policy = random_policy("qwen2_5_vl")
     with_adapter(random_policy("qwen2_5_vl")).model.save_pretrained(tmp_path / "adapter")

@@ -5,14 +5,12 @@ import pickle
 import re
 import shutil
 import sys
-from base64 import b64encode
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from random_models import noise
+from random_models import noise, png_cell
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -76,11 +74,9 @@ def test_a_pickled_adapter_is_refused(tmp_path):
 def test_a_benchmark_file_cannot_make_eval_write_outside_its_folder(name, tmp_path, monkeypatch):
     table = tmp_path / "data" / "MMStar.tsv"
     table.parent.mkdir()
-    file = BytesIO()
-    noise((64, 64), 0).save(file, "PNG")
     header = "index\timage\tquestion\tA\tB\tanswer\tcategory\n"
     name = name.replace("FOLDER", str(tmp_path))
-    cells = [name, b64encode(file.getvalue()).decode(), "What?", "a", "b", "A", name]
+    cells = [name, png_cell(noise((64, 64), 0)), "What?", "a", "b", "A", name]
     table.write_text(header + "\t".join(cells) + "\n")
     out = tmp_path / "parent" / "child" / "out"
     out.mkdir(parents=True)

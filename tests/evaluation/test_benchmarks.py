@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from random_models import png_cell
 
 from evaluation.benchmarks import (
     BENCHMARKS,
@@ -31,15 +32,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def png(color, size=(8, 8), mode="RGB") -> str:
-    out = io.BytesIO()
-    Image.new(mode, size, color).save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode()
+    return png_cell(Image.new(mode, size, color))
 
 
 def noise(side: int) -> str:
-    out = io.BytesIO()
-    Image.frombytes("RGB", (side, side), random.Random(side).randbytes(3 * side * side)).save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode()
+    return png_cell(Image.frombytes("RGB", (side, side), random.Random(side).randbytes(3 * side * side)))
 
 
 def write(path: Path, rows: list[dict], end: str = "\n", start: str = "") -> Path:
@@ -238,9 +235,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def test_thirty_megabytes_a_row_stream(tmp_path):
     data = random.Random(0).randbytes(3 * 2700 * 2700)
-    out = io.BytesIO()
-    Image.frombytes("RGB", (2700, 2700), data).save(out, "PNG", compress_level=0)
-    cell = base64.b64encode(out.getvalue()).decode()
+    cell = png_cell(Image.frombytes("RGB", (2700, 2700), data), compress_level=0)
     assert 29e6 < len(cell) < 31e6
     peaks = []
     for count in (3, 10):
