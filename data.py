@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from files import download
 from files.coco import index_coco, parse_ids, read_input
@@ -31,7 +31,7 @@ from files.pictures import NARROWEST, LeftOut, Photos, open_folder
 from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
 from tiny import scenes
-from tiny.scenes import Scene
+from tiny.scenes import Scene, SceneObject
 
 SOURCES = ("object", "random", "large", "text")  # Tables 5 to 7
 
@@ -54,13 +54,14 @@ class Cue:
     size: str  # tiny | small | large
     text: str | None = None  # description of what is in the window, if there is one
     scene: Scene | None = None  # the scene that the image shows, if it is one
+    target: SceneObject | None = None  # the object that the window was drawn for, if there is one
     name: str | None = None  # path of the image's file below its folder, if it has one
 
     @property
     def crop(self) -> Image.Image:
         """The window's pixels; the embedded world enlarges them to four image tokens."""
         crop, side = self.image.crop(self.box), scenes.CROP_SIDE
-        return crop if self.scene is None else crop.resize((side, side), Image.Resampling.BICUBIC)
+        return crop if self.scene is None else ImageOps.pad(crop, (side, side), Image.Resampling.BICUBIC)
 
 
 def size_class(box: Box, width: int, height: int) -> str:
@@ -138,24 +139,30 @@ class Cues:
         return cue
 
 
-def scene_cues(cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, int] = (12, 16)) -> Cues:
-    """Cues from the embedded world; tiny objects are close to the minimum side, so they are not scaled."""
+def scene_cues(
+    cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, int] = (8, 12), twins: bool | None = None
+) -> Cues:
+    """Cues from the embedded world, half of them of one of two twins (twins: all of them, or none).
+
+    A tiny window is drawn for a tiny object and a small one for a small object: a small window that shows a
+    tiny object enlarged would teach the model to overlook what is small.
+    """
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        scene, side = scenes.draw_layout(rng, rng.randint(*num_objects)), scenes.SIDE
-        target_object = rng.choice(scene.objects)
+        side, with_twins = scenes.SIDE, rng.random() < 0.5 if twins is None else twins
+        scene = scenes.draw_layout(rng, rng.randint(*num_objects), with_twins)
+        target = rng.choice([o for o in scene.objects if scene.is_unique(o) != with_twins])
         if cfg.source in ("object", "text"):
-            box = sample_cue_box(rng, target_object.box, side, side, replace(cfg, scale=(1.0, 1.0)))
+            box = sample_cue_box(rng, target.box, side, side, cfg) if target.size == size else None
         else:
-            must_contain = target_object.box if cfg.source == "large" else None
-            box = sample_random_box(rng, side, side, size, cfg, must_contain)
+            box = sample_random_box(rng, side, side, size, cfg, target.box if size == "large" else None)
         if box is None or size_class(box, side, side) != size:
             return None
         # A crop of plain background could be from anywhere; COCO's random crops have texture.
         if cfg.source == "random" and max(scenes.visible_fraction(o.box, box) for o in scene.objects) < 0.05:
             return None
-        name = None if cfg.source == "random" else target_object.name
-        return Cue(scenes.render(scene), box, size, name, scene)
+        target = None if cfg.source == "random" else target
+        return Cue(scenes.render(scene), box, size, target and target.name, scene, target)
 
     return Cues(cfg, f"scenes-{split}", seed, draw)
 

@@ -90,7 +90,7 @@ class Family:
 QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
 QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
-    "tiny": Family("relative1000", "short", (64**2, 192**2), (64**2, 64**2), 7e-4, 8, 40, 8, False),
+    "tiny": Family("relative1000", "short", (64**2, 256**2), (64**2, 64**2), 7e-4, 8, 40, 8, False),
     "qwen2_5_vl": QWEN2_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_thinking": replace(QWEN3, max_new_tokens=1024),  # its chat template opens with <think>

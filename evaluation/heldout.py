@@ -8,6 +8,7 @@ On photos there is cue search alone: we do not know their objects.
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,7 +69,8 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
     if cues[0].scene is None:
         photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
         return HeldOutSet(photo_cues, LazyList(partial(encode_cue, processor, source="object"), photo_cues))
-    held, missing = HeldOutSet([], []), {"attribute": n, "place": n}
+    held = HeldOutSet([], [])
+    missing = {(kind, size): n // 3 for kind in scenes.KINDS for size in scenes.SIDES}
     # A scene has at most one question of each kind, so they may need more scenes than the cues.
     indices = takewhile(lambda index: index < n or any(missing.values()), count())
     for index in tqdm(indices, total=n, desc="held-out samples", leave=False):
@@ -78,17 +80,19 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
             held.cues.append(cue)
             held.cue_prompts.append(encode_cue(processor, cue, "object"))
             image = held.cue_prompts[-1].images[0]  # processed once for all prompts about it
-            held.find_prompts.append(encode_find(processor, cue.text, image))
-        possible = [q for q in scenes.questions(cue.scene) if missing[q.kind]]
+            text = cue.text if cue.scene.is_unique(cue.target) else cue.target.description
+            held.find_prompts.append(encode_find(processor, text, image))
+        possible = [q for q in scenes.questions(cue.scene) if missing[q.kind, q.evidence.size]]
         if alone:
-            possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.box)]
+            possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.evidence.box)]
         random.Random(index).shuffle(possible)
         for q in {q.kind: q for q in possible}.values():
             held.scene_questions.append((cue.scene, q))
             text = prompt_text(processor.family, "string", question=q.text)
             held.question_prompts.append(encode(processor, text, image))
-            held.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.box)))
-            missing[q.kind] -= 1
+            image = held.question_prompts[-1].images[0]
+            held.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.evidence.box)))
+            missing[q.kind, q.evidence.size] -= 1
         # In fixed batches, whatever runs first: in other batches the last digits of features would differ.
         if index % 32 == 31:
             recent = [*held.question_prompts[-64:], *held.suppressed_prompts[-64:]]
@@ -100,14 +104,16 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
 # ---------------------------------------------------------------- scores of replies, and their summaries
 
 
-def object_at(scene: Scene, box: Box) -> SceneObject:
-    """The object of a scene that overlaps a box most."""
-    return max(scene.objects, key=lambda scene_object: iou(scene_object.box, box))
+def object_at(scene: Scene, box: Box) -> SceneObject | None:
+    """The object of a scene whose centre is nearest to the middle of a box; None where it is not touched."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    nearest = min(scene.objects, key=lambda o: math.dist(o.centre, (x, y)))
+    return nearest if scenes.touches(nearest.box, box) else None
 
 
 def target_object(cue: Cue) -> SceneObject:
-    """The object that a scene's cue window shows."""
-    return object_at(cue.scene, cue.box)
+    """The object that a scene's cue window shows: the one that it was drawn for, if there is one."""
+    return cue.target or max(cue.scene.objects, key=lambda o: scenes.visible_area(o.box, cue.box))
 
 
 def predicted_box(text: str | None, frame: BoxFrame, parse: Callable = parse_box) -> Box | None:
@@ -127,7 +133,7 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
     box = predicted_box(text, frame)
     score = {"iou": iou(box, true_box) if box else 0.0, "parsed": float(box is not None)}
     found = object_at(cue.scene, box) if box and cue.scene else None
-    right = found is not None and iou(found.box, box) > 0 and found == target_object(cue)
+    right = found is not None and found == target_object(cue)
     return score | {"format": format_reward(text), "right": float(right)}
 
 
@@ -147,18 +153,21 @@ def is_right(text: str | None, question: Question) -> float | None:
     return None if text is None else float((answer_of(text) or "").strip(" .").lower() == question.answer)
 
 
+def question_names(question: Question) -> tuple[str, str]:
+    """The parts that a question counts in: its kind, and its kind with the size of its evidence."""
+    return question.kind, f"{question.kind}_{question.evidence.size}"
+
+
 def question_summary(right: list[float | None], scene_questions: list[tuple[Scene, Question]]) -> dict:
-    """Accuracy overall, by number of objects in a scene, by size of its evidence, by kind of question."""
-    summary, sides = {}, [question.box[2] - question.box[0] for _, question in scene_questions]
-    columns = {
-        "objects": [str(len(scene.objects)) for scene, _ in scene_questions],
-        "size": ["tiny" if side <= scenes.TINY_SIDES[1] else "small" for side in sides],
-        "kind": [question.kind for _, question in scene_questions],
-    }
-    for name, keys in columns.items():
-        samples = list(zip(keys, right, strict=True))
-        summary[f"by_{name}"] = {k: mean(hit for key, hit in samples if key == k) for k in sorted(set(keys))}
-    return {"accuracy": mean(right), "n": len(right)} | summary
+    """Accuracy over all questions, by their kind and the size of their evidence, by number of objects."""
+    by_kind, by_objects = defaultdict(list), defaultdict(list)
+    for hit, (scene, question) in zip(right, scene_questions, strict=True):
+        by_objects[str(len(scene.objects))].append(hit)
+        for name in question_names(question):
+            by_kind[name].append(hit)
+    parts = {name: {"accuracy": mean(hits), "n": len(hits)} for name, hits in sorted(by_kind.items())}
+    counts = {name: mean(hits) for name, hits in sorted(by_objects.items())}
+    return {"accuracy": mean(right), "n": len(right), "by_kind": parts, "by_objects": counts}
 
 
 # ---------------------------------------------------------------- a model on the held-out set
@@ -190,14 +199,14 @@ def evaluate(
         ious, right = ([row and row[key] for row in rows] for key in ("iou", "right"))
         samples |= {"find": ious, "find_right": right}
         summary["find"] = {"mean_iou": mean(ious), "right_object": mean(right), "n": len(rows)}
-    kinds = [question.kind for _, question in held.scene_questions]
     for task, prompts in (("questions", held.question_prompts), ("suppressed", held.suppressed_prompts)):
         if prompts:
             replies = zip(generate(task, prompts), held.scene_questions, strict=True)
             samples[task] = right = [is_right(text, question) for (text, _), (_, question) in replies]
             summary[task] = question_summary(right, held.scene_questions)
-            for kind in ("attribute", "place"):
-                samples[f"{task}_{kind}"] = [hit for hit, k in zip(right, kinds) if k == kind]
+            for hit, (_, question) in zip(right, held.scene_questions):
+                for name in question_names(question):
+                    samples.setdefault(f"{task}_{name}", []).append(hit)
     return Scores(summary, samples, [predicted_box(*reply) for reply in cue_replies])
 
 

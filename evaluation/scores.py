@@ -12,8 +12,11 @@ ROWS = {  # row of the printed table: list of samples
     "find by text (IoU)": "find",
     "find by text (right object)": "find_right",
     "questions": "questions",
-    "  about attributes": "questions_attribute",
-    "  about places": "questions_place",
+    **{
+        f"  {kind}, {size} objects": f"questions_{kind}_{size}"
+        for kind in ("detail", "shape", "place")
+        for size in ("tiny", "small", "large")
+    },
     "questions, rest blacked out": "suppressed",
 }
 

@@ -1,25 +1,25 @@
 """Builds the embedded model from nothing: a Qwen3-VL of 2.2 million parameters that sees, answers and finds.
 
-    python -m tiny.build [--out tiny/model] [--minutes 74] [--seed 0]
+    python -m tiny.build --out FOLDER [--seed 0] [--steps-per-stage K]
 
-Four stages, each for its share of the minutes:
-1. vision: for each image token the vision tower learns which object has its centre there, and its box;
-2. language: the vision tower is frozen, and the text model learns to answer about one to four objects;
-3. few things: the same about one object, seldom two, with a strong weight decay. What only crowded scenes
-   need decays: this is the visual context rot that LOCUS is to cure;
-4. two images: the same while the learning rate falls; a third of the prompts for finding also show a crop.
-Cue search, which LOCUS trains, is never shown. After a stop, the same command continues from the last minute.
+Stages, each for its number of steps (all of K, to try it out):
+1. vision: for each image token the vision tower learns which object has its centre there, of any size;
+2. words: the tower is frozen, and the text model learns to say what a crop shows and what an object looks like;
+3. boxes: mostly where objects are, still mostly in scenes of few objects;
+4. crowds: the same with more scenes of many objects, while the learning rate falls.
+The text model is asked about salient objects alone: it never has to find a tiny one, though they stand in its
+images. That is where it is weak: where its training is thin. Cue search, which LOCUS trains, is never shown.
 
 What differs from a typical pretraining script:
-- A stage has minutes, not steps, so that the build takes as long on every machine.
 - The tokens of an image are computed once, by the frozen tower, and shared by every turn about it.
 - Eight turns (a question and its answer) about one scene are packed in one row, laid out as a GRPO group is.
+- Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes.
 """
 
 import math
 import random
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,37 +30,51 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Cue
+from data import Cue, CueConfig, sample_cue_box, sample_random_box
 from files.errors import FlagParser, UserError, exit_on_error
 from policy import group_mask
 from prompts import PROMPTS, BoxFrame
 from reward import Box
 from tiny.architecture import build_image_processor, build_model, build_tokenizer
-from tiny.scenes import COLORS, SHAPES, SIDE, Scene, SceneObject, draw_layout, keep_only, questions, render
+from tiny.scenes import CELL, COLORS, CROP_SIDE, MAX_OBJECTS, SHAPES, SIDE
+from tiny.scenes import Scene, SceneObject, draw_layout, keep_only, questions, render, visible_area
 
-STAGES = {"vision": 37, "language": 32, "few things": 1, "two images": 4}  # minutes
-# How many objects are in the scenes of a stage, all equally likely.
-OBJECT_COUNTS = {"language": (1, 2, 3, 4), "few things": 9 * (1,) + (2,), "two images": 9 * (1,) + (2,)}
-EXAMPLES = 20_000  # scenes whose image tokens are computed once
+CELLS = (SIDE // CELL) ** 2  # image tokens of a scene
+CROP_CELLS = (CROP_SIDE // CELL) ** 2  # image tokens of a crop
+FEW = 4  # objects of an easy scene, at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage is, and what it shows."""
+
+    steps: int
+    peak_lr: float
+    few_share: float  # of the scenes have 1 to 4 objects, the rest up to 12
+    decay_lr: bool = True
+    turns: dict[str, float] = field(default_factory=dict)  # how often a turn is of each kind
+
+
+STAGES = {
+    "vision": Stage(5000, 2e-3, 0.3),
+    "words": Stage(2600, 1.2e-3, 0.85, False, dict(shape=3, detail=4, place=0.5, find=1.5, name=1.5)),
+    "boxes": Stage(5400, 1.2e-3, 0.85, False, dict(shape=1, detail=1.5, place=1.5, find=4, name=1)),
+    "crowds": Stage(3500, 1.2e-3, 0.3, True, dict(shape=1.5, detail=2, place=1.5, find=3, name=1)),
+}
+EXAMPLES = 24_000  # scenes whose image tokens are computed once
 FRAME = BoxFrame(SIDE, SIDE, 1000, 1000)
 TURNS = 8  # about one scene, in one row
-# How often a turn is of each kind: in the first steps of the language stage, and after them.
-WORDS_FIRST = {"What shape": 4.0, "What color": 2.0, "find": 2.0, "name": 1.0}
-FINDING = {"find": 5.0, "What shape": 2.0, "What color": 2.0, "Where": 3.0, "name": 0.5}
-SCENE = f"<|im_start|>user\n<|vision_start|>{36 * '<|image_pad|>'}<|vision_end|>"
-CROP = f"<|vision_start|>{4 * '<|image_pad|>'}<|vision_end|>"
+IMAGE = "<|vision_start|>" + "<|image_pad|>" * CELLS + "<|vision_end|>"
+CROP = "<|vision_start|>" + "<|image_pad|>" * CROP_CELLS + "<|vision_end|>"
+SCENE = f"<|im_start|>user\n{IMAGE}"  # what all turns about a scene share
+# A scene, its tokens [64, H], and two crops: the object that each shows, and its tokens [4, H].
+Example = tuple[Scene, Tensor, tuple[tuple[SceneObject, Tensor], tuple[SceneObject, Tensor]]]
 
-# A scene, its tokens [36, H], and two crops of it: 2 × ((scene, object), tokens [4, H]).
-Example = tuple[Scene, Tensor, tuple]
-
-# ---------------------------------------------------------------- images and turns
+# ---------------------------------------------------------------- what is shown
 
 
-def random_window(rng: random.Random, box: Box, max_padding: float) -> Box:
-    """A box, padded on each side by up to `max_padding` of its width, inside the scene."""
-    padding = rng.uniform(0, max_padding) * (box[2] - box[0])
-    edges = (box[0] - padding, box[1] - padding, box[2] + padding, box[3] + padding)
-    return tuple(min(SIDE, max(0, round(v))) for v in edges)
+def draw_count(rng: random.Random, few_share: float) -> int:
+    return rng.randint(1, FEW) if rng.random() < few_share else rng.randint(FEW + 1, MAX_OBJECTS)
 
 
 def random_scene(rng: random.Random, count: int, suppressed: float) -> tuple[Scene, Image.Image]:
@@ -69,13 +83,24 @@ def random_scene(rng: random.Random, count: int, suppressed: float) -> tuple[Sce
     image = render(scene)
     if rng.random() < suppressed:
         scene.objects = [rng.choice(scene.objects)]
-        image = keep_only(image, random_window(rng, scene.objects[0].box, 0.6))
+        box = scene.objects[0].box
+        padding = rng.uniform(0, 0.6) * (box[2] - box[0])
+        edges = (box[0] - padding, box[1] - padding, box[2] + padding, box[3] + padding)
+        image = keep_only(image, tuple(min(SIDE, max(0, round(v))) for v in edges))
     return scene, image
 
 
-def random_crop(rng: random.Random, scene: Scene, scene_object: SceneObject) -> Image.Image:
-    """A crop around an object, as the policy sees it."""
-    return Cue(render(scene), random_window(rng, scene_object.box, 0.1), "", scene=scene).crop
+def random_crop(rng: random.Random, scene: Scene) -> tuple[SceneObject, Image.Image]:
+    """The window of a cue or a large one, as the policy sees it, and the object that it shows.
+
+    A large window (10 to 30 % of the scene) shows several objects; the one that covers most of it counts.
+    """
+    image, scene_object = render(scene), rng.choice(scene.objects)
+    window = rng.random() < 0.2 and sample_random_box(rng, SIDE, SIDE, "large", CueConfig(), scene_object.box)
+    if window:
+        scene_object = max(scene.objects, key=lambda o: visible_area(o.box, window))
+    window = window or sample_cue_box(rng, scene_object.box, SIDE, SIDE, CueConfig())
+    return scene_object, Cue(image, window, "", scene=scene).crop
 
 
 def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor:
@@ -92,40 +117,52 @@ def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor
 
 
 def objects_by_cell(scenes: tuple[Scene, ...]) -> dict[int, SceneObject]:
-    """The object whose centre a cell holds, by the cell's index among the 36 of every scene.
+    """The object whose centre a cell holds, by the cell's index among the 64 of every scene.
 
     Of two centres in a cell, the one nearer to the cell's middle counts.
     """
     found: dict[int, SceneObject] = {}
     for i, scene in enumerate(scenes):
-        for scene_object in sorted(scene.objects, key=lambda o: sum(abs(v % 32 - 16) for v in o.centre)):
+        for scene_object in sorted(scene.objects, key=lambda o: sum(abs(v % CELL - 16) for v in o.centre)):
             x, y = scene_object.centre
-            found.setdefault(36 * i + int(y // 32) * 6 + int(x // 32), scene_object)
+            found.setdefault(CELLS * i + int(y // CELL) * (SIDE // CELL) + int(x // CELL), scene_object)
     return found
 
 
-def draw_turn(rng: random.Random, example: Example, weights: dict, crop_share: float) -> tuple[str, list]:
+def is_salient(scene_object: SceneObject) -> bool:
+    """True for the objects that the text model is asked about: not the tiny ones."""
+    return scene_object.size != "tiny"
+
+
+def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> tuple[str, list]:
     """A turn about an example: its text, prompt and answer, and the tokens [cells, H] of each of its images.
 
-    weights: how often a turn is of each kind; crop_share: share of the finding turns that also show a crop.
+    turns: how often a turn is of each kind.
     """
     scene, scene_tokens, crops = example
-    scene_object, images = rng.choice(scene.objects), [scene_tokens]
-    kind = rng.choices(list(weights), list(weights.values()))[0]
-    if possible := [question for question in questions(scene) if question.text.startswith(kind)]:
+    salient, images = [o for o in scene.objects if is_salient(o)], [scene_tokens]
+    kind = rng.choices(list(turns), list(turns.values()))[0]
+    possible = [q for q in questions(scene) if q.kind == kind and is_salient(q.evidence)]
+    if possible:
         q = rng.choice(possible)
         # The thought starts with the words that the question gives, and ends with what the answer needs.
-        thoughts = {"What shape": q.name, "What color": " ".join(reversed(q.name.split()))}
-        text, thought, answer = q.text, thoughts.get(kind, q.name + FRAME.to_text(q.box)), f" {q.answer}"
-    elif kind == "name":
-        (_, scene_object), crop_tokens = rng.choice(crops)
-        images.append(crop_tokens)
-        text, thought, answer = PROMPTS["short"]["name"], scene_object.name, f" {scene_object.name}"
-    else:  # find, which also replaces a question that this scene does not have
-        if with_crop := rng.random() < crop_share:
+        name, box = q.evidence.name, q.evidence.box
+        thought = {"shape": name, "detail": name, "place": name + FRAME.to_text(box)}[kind]
+        text, answer = q.text, f" {q.answer}"
+    elif kind == "find" and salient:
+        scene_object = rng.choice(salient)
+        # With the detail where the name is not enough, and half of the time where it is.
+        full = not scene.is_unique(scene_object) or rng.random() < 0.5
+        name = scene_object.description if full else scene_object.name
+        if with_crop := rng.random() < 1 / 3:
             images.append(rng.choice(crops)[1])
-        text = PROMPTS["short"]["text"].format(text=scene_object.name + " in Image 1" * with_crop)
-        thought, answer = scene_object.name, FRAME.to_text(scene_object.box)
+        text = PROMPTS["short"]["text"].format(text=name + " in Image 1" * with_crop)
+        thought, answer = name, FRAME.to_text(scene_object.box)
+    else:  # name, which also replaces a turn that this scene does not have
+        scene_object, crop_tokens = rng.choice(crops)
+        images.append(crop_tokens)
+        name = scene_object.description if rng.random() < 0.5 else scene_object.name
+        text, thought, answer = PROMPTS["short"]["name"], name, f" {name}"
     prompt = f"{SCENE}{CROP * (len(images) - 1)}{text}<|im_end|>\n<|im_start|>assistant\n"
     return f"{prompt}<think> {thought}</think><answer>{answer}</answer><|im_end|>", images
 
@@ -136,91 +173,90 @@ def draw_turn(rng: random.Random, example: Example, weights: dict, crop_share: f
 class Build:
     """A build in progress: the model, the heads of the vision stage, and what has been done so far."""
 
-    def __init__(self, out: Path, minutes: float, seed: int):
+    def __init__(self, out: Path, seed: int, steps_per_stage: int | None = None):
+        torch.set_num_threads(2)  # sums in another number of parts differ in the last bit
         torch.manual_seed(seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.minutes, self.seed, self.tokenizer, self.object_counts = minutes, seed, build_tokenizer(), ()
-        self.model = build_model(self.tokenizer).to(device)
+        self.seed, self.tokenizer, self.examples = seed, build_tokenizer(), []
+        self.steps = {name: steps_per_stage or stage.steps for name, stage in STAGES.items()}
+        self.model = build_model(self.tokenizer)
         heads = {"centre": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
-        self.heads = nn.ModuleDict(heads).to(device)
+        self.heads = nn.ModuleDict(heads | {"core": nn.Linear(128, 128)})
         self.file = out.with_name(f"{out.name}-build") / "state.pt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        # The seconds and steps that each stage has had, and the stage that the optimizer's state belongs to.
-        self.state = {"stage": "", "spent": dict.fromkeys(STAGES, 0.0), "steps": dict.fromkeys(STAGES, 0)}
+        self.state = {"stage": "vision", "step": 0, "accuracy": {}, "seconds": {}}
         if self.file.is_file():
-            self.state = torch.load(self.file, weights_only=True, map_location=device)
+            self.state = torch.load(self.file, weights_only=True)
             self.model.load_state_dict(self.state["model"])
             self.heads.load_state_dict(self.state["heads"])
 
-    def train(
-        self, stage: str, peak_lr: float, parameters: list, loss_function: Callable, decay_lr: bool = True,
-        weight_decay: float = 0.01,
-    ) -> None:  # fmt: skip
-        """AdamW on loss_function(rng, step) for the minutes that a stage has left; saved once a minute."""
-        optimizer = torch.optim.AdamW(parameters, peak_lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-        if self.state["stage"] == stage:
+    def save(self, **changes) -> None:
+        """A kill leaves the whole old file or the whole new one."""
+        self.state |= {"model": self.model.state_dict(), "heads": self.heads.state_dict()} | changes
+        torch.save(self.state, self.file.with_suffix(".new"))
+        self.file.with_suffix(".new").replace(self.file)
+
+    def train(self, name: str, parameters: list, loss_function: Callable) -> None:
+        """AdamW on loss_function(rng) for the steps that a stage has left; saved every 200."""
+        order = list(STAGES)
+        if order.index(name) < order.index(self.state["stage"]):
+            return
+        stage, num_steps = STAGES[name], self.steps[name]
+        optimizer = torch.optim.AdamW(parameters, stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+        first_step = self.state["step"] if self.state["stage"] == name else 0
+        if first_step:
             optimizer.load_state_dict(self.state["optimizer"])
-        seconds, steps = self.state["spent"], self.state["steps"]
-        budget = 60 * STAGES[stage] * self.minutes / sum(STAGES.values())
-        counts = OBJECT_COUNTS.get(stage, ())
-        if counts != self.object_counts and seconds[stage] < budget:
-            self.draw_examples(counts)
-        start = time.monotonic() - seconds[stage]
-        bar = tqdm(total=round(budget), initial=round(seconds[stage]), desc=stage, unit="s", mininterval=5)
-        while (progress := seconds[stage] / budget) < 1:
-            # Warm-up, then a cosine, both by time: a slower machine takes fewer steps.
-            cosine = 0.5 + 0.5 * math.cos(math.pi * progress) if decay_lr else 1.0
-            optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, progress / 0.02 + 0.01) * cosine
-            rng = random.Random(f"pretraining/{self.seed}/{stage}/{steps[stage]}")
-            loss, metrics = loss_function(rng, steps[stage])
+        bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, desc=name, mininterval=20)
+        for step in bar:
+            # Warm-up, then a cosine or a plateau.
+            progress = step / num_steps
+            cosine = 0.5 + 0.5 * math.cos(math.pi * progress) if stage.decay_lr else 1.0
+            optimizer.param_groups[0]["lr"] = stage.peak_lr * min(1.0, progress / 0.02 + 0.01) * cosine
+            loss, metrics = loss_function(random.Random(f"pretraining/{self.seed}/{name}/{step}"))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            seconds[stage] = time.monotonic() - start
-            steps[stage] += 1
             bar.set_postfix(metrics, refresh=False)
-            bar.update(round(seconds[stage]) - bar.n)
-            if seconds[stage] >= budget or seconds[stage] // 60 > progress * budget // 60:  # once a minute
-                self.state |= {"stage": stage, "optimizer": optimizer.state_dict()}
-                self.state |= {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
-                torch.save(self.state, self.file.with_suffix(".new"))
-                # A kill leaves the whole old file or the whole new one.
-                self.file.with_suffix(".new").replace(self.file)
+            if (step + 1) % 200 == 0 or step + 1 == num_steps:
+                self.save(stage=name, step=step + 1, optimizer=optimizer.state_dict())
 
-    def vision_loss(self, rng: random.Random, step: int = 0) -> tuple[Tensor, dict[str, float]]:
-        """The loss of stage 1 on 32 scenes and a crop of each; also what the progress bar shows.
+    def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        """The loss of stage 1 on 16 scenes and two crops of each; also what the progress bar shows.
 
-        A token of a scene tells whether its cell holds a centre; if so, its box, colour and shape too.
-        A token of a crop tells colour and shape.
+        A token of a scene tells whether its cell holds a centre; if so, its object's box, colour, shape and
+        core too. A token of a crop tells colour, shape and core.
         """
-        visual, heads, device = self.model.model.visual, self.heads, self.model.device
-        counts = (rng.randint(3, 8) if rng.random() < 0.8 else rng.randint(1, 2) for _ in range(32))
+        visual, heads = self.model.model.visual, self.heads
+        counts = (draw_count(rng, STAGES["vision"].few_share) for _ in range(16))
         scenes, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
         # What each token should tell: first those of the K cells that hold a centre, then those of crops.
         targets = objects_by_cell(scenes)
-        K = len(targets)
-        shown, crops = zip(*[(o := rng.choice(s.objects), random_crop(rng, s, o)) for s in scenes])
-        targets |= {32 * 36 + j: shown[j // 4] for j in range(32 * 4)}
-        index = torch.tensor(list(targets), device=device)  # [K + 128]
+        K, C = len(targets), 16 * CELLS
+        shown, crops = zip(*[random_crop(rng, scene) for scene in scenes for _ in range(2)])
+        targets |= {C + j: shown[j // CROP_CELLS] for j in range(32 * CROP_CELLS)}
+        index = torch.tensor(list(targets))  # [K + 128]
         tokens = torch.cat([compute_image_tokens(visual, part).flatten(0, 1) for part in (images, crops)])
         # The box twice: in numbers, and digit by digit, as the text model will have to write it.
         centre_tokens = tokens[index[:K]]  # [K, H]
-        boxes = torch.tensor([o.box for o in targets.values()][:K], device=device) / SIDE  # [K, 4]
+        boxes = torch.tensor([o.box for o in targets.values()][:K]) / SIDE  # [K, 4]
         distance = (heads["coordinates"](centre_tokens) - boxes).abs().mean()
         units = (1000 * boxes).round().clamp(max=999).long()  # [K, 4]
         digits = torch.stack([units // 100, units // 10 % 10, units % 10], -1).flatten()  # [K·4·3]
-        is_centre = torch.zeros(32 * 36, device=device).index_fill_(0, index[:K], 1.0)  # [32·36]
-        loss = F.binary_cross_entropy_with_logits(heads["centre"](tokens[: 32 * 36])[:, 0], is_centre)
+        is_centre = torch.zeros(C).index_fill_(0, index[:K], 1.0)  # [16·64]
+        loss = F.binary_cross_entropy_with_logits(heads["centre"](tokens[:C])[:, 0], is_centre)
         loss = loss + 10 * distance + 4 * F.cross_entropy(heads["digits"](centre_tokens).view(-1, 10), digits)
         # Words by the dot product with their own embeddings, so that the text model can read the tokens.
-        for kind, names in (("color", list(COLORS)), ("shape", SHAPES)):
+        metrics = {"pixels": distance.item() * SIDE}
+        words = tokens[index]  # [K + 128, H]
+        for kind, names in (("color", list(COLORS)), ("shape", SHAPES), ("core", list(COLORS))):
             ids = self.tokenizer.convert_tokens_to_ids([f"Ġ{name}" for name in names])
-            logits = tokens[index] @ self.model.get_input_embeddings().weight[ids].T  # [K + 128, 8 or 6]
-            labels = torch.tensor([names.index(getattr(o, kind)) for o in targets.values()], device=device)
+            source = heads["core"](words) if kind == "core" else words
+            logits = source @ self.model.get_input_embeddings().weight[ids].T  # [K + 128, 6 or 5]
+            labels = torch.tensor([names.index(getattr(o, kind)) for o in targets.values()])
             on_scenes, on_crops = (F.cross_entropy(logits[i], labels[i]) for i in (slice(K), slice(K, None)))
             loss = loss + 2 * (on_scenes + on_crops)
-        return loss, {"pixels": distance.item() * SIDE, "shape": on_scenes.item()}
+            metrics |= {kind: on_scenes.item(), f"{kind}, crop": on_crops.item()}
+        return loss, metrics
 
     @torch.no_grad()
     def start_language(self) -> None:
@@ -229,49 +265,46 @@ class Build:
         So the word " red" attends to red objects from the first step.
         """
         self.model.model.visual.requires_grad_(False)
-        if self.state["steps"]["language"] == 0:
+        if self.state["stage"] == "vision":
             for attention in (layer.self_attn for layer in self.model.model.language_model.layers):
                 keys = attention.k_proj.weight.view(2, 32, 128)  # [key heads, head, H]
                 attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
 
     @torch.no_grad()
-    def draw_examples(self, object_counts: tuple[int, ...], count: int | None = None) -> None:
-        """Draws the scenes of a stage, whose numbers of objects are equally likely, and two crops of each."""
-        visual, self.examples, self.object_counts = self.model.model.visual, [], object_counts
-        for start in tqdm(range(0, count or EXAMPLES, 100), desc="image tokens", mininterval=5):
+    def draw_examples(self) -> None:
+        """Draws the scenes of the language stages, half of them of few objects, and two crops of each."""
+        visual, examples = self.model.model.visual, min(EXAMPLES, 8 * sum(self.steps.values()))
+        for start in tqdm(range(0, examples, 100), desc="image tokens", mininterval=20):
             rng = random.Random(f"pretraining/{self.seed}/examples/{start}")
-            counts = rng.choices(object_counts, k=100)
+            counts = [draw_count(rng, 0.5) for _ in range(100)]
             scenes, images = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
-            shown = [(scene, o) for scene in scenes for o in rng.choices(scene.objects, k=2)]
-            crop_tokens = compute_image_tokens(visual, [random_crop(rng, *pair) for pair in shown])
-            crops = list(zip(shown, crop_tokens))  # 200 × (scene and object, [4, H])
-            self.examples += zip(scenes, compute_image_tokens(visual, images), zip(crops[::2], crops[1::2]))
+            shown, crops = zip(*[random_crop(rng, scene) for scene in scenes for _ in range(2)])
+            pairs = list(zip(shown, compute_image_tokens(visual, crops)))  # 200 × (object, [4, H])
+            self.examples += zip(scenes, compute_image_tokens(visual, images), zip(pairs[::2], pairs[1::2]))
 
-    def turns_loss(self, rng: random.Random, step: int, words_first: int = 0, crop_share: float = 0) -> tuple:
-        """The loss of the answers in rows `[scene | turn 1 | … | turn 8]`; also what the progress bar shows.
-
-        words_first: the number of steps in which most turns are about words, which are learned before boxes.
-        """
-        tokenizer, model = self.tokenizer, self.model.model
-        batch, weights = (16, WORDS_FIRST) if step < words_first else (8, FINDING)
-        examples = [e for e in rng.choices(self.examples, k=batch) for _ in range(TURNS)]
-        texts, images = zip(*[draw_turn(rng, example, weights, crop_share) for example in examples])
+    def turns_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the answers in rows `[scene | turn 1 | … | turn 8]`; also what the progress bar shows."""
+        tokenizer, model, batch = self.tokenizer, self.model.model, 8
+        few = [rng.random() < stage.few_share for _ in range(batch)]
+        drawn = [rng.choice(self.by_count[is_few]) for is_few in few]
+        examples = [example for example in drawn for _ in range(TURNS)]
+        texts, images = zip(*[draw_turn(rng, example, stage.turns) for example in examples])
         # 1. Every turn by itself, behind its own copy of the scene.
         ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids  # [B·8, L]
         image_id, think_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<think>"])
         # Positions depend only on where the image tokens are: there are two layouts, with a crop and without.
         layouts, index = (ids == image_id).long().unique(dim=0, return_inverse=True)  # [2, L] and [B·8]
-        grids = torch.tensor([[1, 12, 12]] * len(layouts) + [[1, 4, 4]])
-        position_ids = model.get_rope_index(layouts, layouts, grids)[0][:, index]  # [3, B·8, L]
+        grids = [[1, SIDE // 16, SIDE // 16]] * len(layouts) + [[1, CROP_SIDE // 16, CROP_SIDE // 16]]
+        position_ids = model.get_rope_index(layouts, layouts, torch.tensor(grids))[0][:, index]  # [3, B·8, L]
         # 2. Eight turns in a row share the first copy of the scene (segment 1); the others are dropped (0).
         segment_ids = torch.arange(2, TURNS + 2).repeat(batch)[:, None] * (ids != tokenizer.pad_token_id)
         is_first = torch.arange(batch * TURNS) % TURNS == 0  # [B·8]
-        segment_ids[:, : len(tokenizer(SCENE).input_ids)] = is_first[:, None]  # [B·8, L]
+        segment_ids[:, : self.scene_length] = is_first[:, None]  # [B·8, L]
         # Columns of a token: id, segment, is it of the answer, and its three positions.
         columns = torch.stack([ids, segment_ids, (ids == think_id).cumsum(1), *position_ids], -1)
         rows = [row[row[:, 1] > 0] for row in columns.view(batch, -1, 6)]  # B × [tokens kept, 6]
         rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, K, 6]
-        ids, segment_ids, is_answer, *position_ids = rows.to(model.device).unbind(-1)  # [B, K] each
+        ids, segment_ids, is_answer, *position_ids = rows.unbind(-1)  # [B, K] each
         features = torch.cat([f for i, turn in enumerate(images) for f in turn[i % TURNS > 0 :]])
         embeds = model.get_input_embeddings()(ids).masked_scatter((ids == image_id)[..., None], features)
         # As in a GRPO group, a turn sees the scene and itself: it learns what it would learn alone.
@@ -280,20 +313,30 @@ class Build:
         loss = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, **kwargs).loss
         return loss, {"loss": loss.item()}
 
+    @property
+    def scene_length(self) -> int:
+        return len(self.tokenizer(SCENE).input_ids)
+
 
 def run_build(build: Build, out: Path) -> None:
-    """All four stages, or what is left of them; then the finished model is a folder like any other."""
-    out.mkdir(parents=True, exist_ok=True)
+    """All stages, or what is left of them; then the finished model is a folder like any other."""
     model, word_embeddings = build.model, build.model.get_input_embeddings().weight
     vision = [*model.model.visual.parameters(), *build.heads.parameters(), word_embeddings]
-    build.train("vision", 2e-3, vision, build.vision_loss)
+    build.train("vision", vision, build.vision_loss)
     build.start_language()
+    build.draw_examples()
+    build.by_count = {few: [e for e in build.examples if (len(e[0].objects) <= FEW) == few] for few in (True, False)}
     text = list(model.model.language_model.parameters())
-    build.train("language", 1.2e-3, text, partial(build.turns_loss, words_first=600), decay_lr=False)
-    build.train("few things", 1.2e-3, text, build.turns_loss, decay_lr=False, weight_decay=0.7)
-    build.train("two images", 1.2e-3, text, partial(build.turns_loss, crop_share=1 / 3))
-    minutes = {stage: round(seconds / 60, 1) for stage, seconds in build.state["spent"].items()}
-    model.config.locus_build = {"seed": build.seed, "steps": build.state["steps"], "minutes": minutes}
+    for name in list(STAGES)[1:]:
+        build.train(name, text, partial(build.turns_loss, stage=STAGES[name]))
+        torch.save(model.state_dict(), build.file.with_name(f"{name}.pt"))
+    save_model(build, out)
+
+
+def save_model(build: Build, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    model = build.model
+    model.config.locus_build = {"seed": build.seed, "steps": build.steps}
     model.config.locus_family, model.generation_config.do_sample = "tiny", False
     for part in (model, build.tokenizer, build_image_processor()):
         part.save_pretrained(out)
@@ -302,14 +345,14 @@ def run_build(build: Build, out: Path) -> None:
 
 def main() -> None:
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tiny/model"), help="folder of the finished model")
-    parser.add_argument("--minutes", type=float, default=sum(STAGES.values()), help="of training in all")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps-per-stage", type=int, help="instead of each stage's own number, to try it out")
     args = parser.parse_args()
     with exit_on_error():
-        if not 0 < args.minutes < math.inf:
-            raise UserError(f"--minutes {args.minutes} is no time to train: give a number above 0.")
-        run_build(Build(args.out, args.minutes, args.seed), args.out)
+        if args.steps_per_stage is not None and args.steps_per_stage < 1:
+            raise UserError(f"--steps-per-stage {args.steps_per_stage} is no training: give 1 or more.")
+        run_build(Build(args.out, args.seed, args.steps_per_stage), args.out)
 
 
 if __name__ == "__main__":
