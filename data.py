@@ -149,8 +149,9 @@ def scene_cues(
     """
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        side, with_twins = scenes.SIDE, rng.random() < 0.5 if twins is None else twins
-        scene = scenes.draw_layout(rng, rng.randint(*num_objects), with_twins)
+        side, count = scenes.SIDE, rng.randint(*num_objects)
+        with_twins = count > 1 and (rng.random() < 0.5 if twins is None else twins)
+        scene = scenes.draw_layout(rng, count, with_twins)
         target = rng.choice([o for o in scene.objects if scene.is_unique(o) != with_twins])
         if cfg.source in ("object", "text"):
             box = sample_cue_box(rng, target.box, side, side, cfg) if target.size == size else None

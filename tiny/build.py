@@ -4,7 +4,7 @@
 
 Stages, each for its number of steps (all of K, to try it out):
 1. vision: for each image token the vision tower learns which object has its centre there, of any size;
-2. words: the tower is frozen, and the text model learns to say what a crop shows and what an object looks like;
+2. words: the tower is frozen, and the text model learns to name what a crop shows, shapes and details;
 3. boxes: mostly where objects are, still mostly in scenes of few objects;
 4. crowds: the same with more scenes of many objects, while the learning rate falls.
 The text model is asked about salient objects alone: it never has to find a tiny one, though they stand in its
@@ -16,31 +16,37 @@ What differs from a typical pretraining script:
 - Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Cue, CueConfig, sample_cue_box, sample_random_box
+from data import Cue, CueConfig, sample_cue_box, sample_random_box, scene_cues
+from evaluation.heldout import build_heldout_set, evaluate
+from evaluation.scores import mean
 from files.errors import FlagParser, UserError, exit_on_error
+from models import make_policy
 from policy import group_mask
-from prompts import PROMPTS, BoxFrame
-from reward import Box
+from prompts import FAMILIES, PROMPTS, BoxFrame, Processor
+from tiny import scenes
 from tiny.architecture import build_image_processor, build_model, build_tokenizer
-from tiny.scenes import CELL, COLORS, CROP_SIDE, MAX_OBJECTS, SHAPES, SIDE
-from tiny.scenes import Scene, SceneObject, draw_layout, keep_only, questions, render, visible_area
+from tiny.scenes import COLORS, SHAPES, SIDE, Scene, SceneObject
+from training.run_folder import require_same_settings
 
-CELLS = (SIDE // CELL) ** 2  # image tokens of a scene
-CROP_CELLS = (CROP_SIDE // CELL) ** 2  # image tokens of a crop
+CELLS = (SIDE // scenes.CELL) ** 2  # image tokens of a scene
+CROP_CELLS = (scenes.CROP_SIDE // scenes.CELL) ** 2  # image tokens of a crop
 FEW = 4  # objects of an easy scene, at most
 
 
@@ -61,6 +67,9 @@ STAGES = {
     "boxes": Stage(5400, 1.2e-3, 0.85, False, dict(shape=1, detail=1.5, place=1.5, find=4, name=1)),
     "crowds": Stage(3500, 1.2e-3, 0.3, True, dict(shape=1.5, detail=2, place=1.5, find=3, name=1)),
 }
+THREADS = 2  # on another number of threads, sums are rounded differently
+SAVE_EVERY = 200  # steps
+MEASURED = 900  # held-out questions about few objects, and as many about crowds
 EXAMPLES = 24_000  # scenes whose image tokens are computed once
 FRAME = BoxFrame(SIDE, SIDE, 1000, 1000)
 TURNS = 8  # about one scene, in one row
@@ -74,19 +83,19 @@ Example = tuple[Scene, Tensor, tuple[tuple[SceneObject, Tensor], tuple[SceneObje
 
 
 def draw_count(rng: random.Random, few_share: float) -> int:
-    return rng.randint(1, FEW) if rng.random() < few_share else rng.randint(FEW + 1, MAX_OBJECTS)
+    return rng.randint(1, FEW) if rng.random() < few_share else rng.randint(FEW + 1, scenes.MAX_OBJECTS)
 
 
 def random_scene(rng: random.Random, count: int, suppressed: float) -> tuple[Scene, Image.Image]:
     """A scene of `count` objects and its image; with probability `suppressed` all but one object is black."""
-    scene = draw_layout(rng, count)
-    image = render(scene)
+    scene = scenes.draw_layout(rng, count)
+    image = scenes.render(scene)
     if rng.random() < suppressed:
         scene.objects = [rng.choice(scene.objects)]
         box = scene.objects[0].box
         padding = rng.uniform(0, 0.6) * (box[2] - box[0])
         edges = (box[0] - padding, box[1] - padding, box[2] + padding, box[3] + padding)
-        image = keep_only(image, tuple(min(SIDE, max(0, round(v))) for v in edges))
+        image = scenes.keep_only(image, tuple(min(SIDE, max(0, round(v))) for v in edges))
     return scene, image
 
 
@@ -95,10 +104,10 @@ def random_crop(rng: random.Random, scene: Scene) -> tuple[SceneObject, Image.Im
 
     A large window (10 to 30 % of the scene) shows several objects; the one that covers most of it counts.
     """
-    image, scene_object = render(scene), rng.choice(scene.objects)
+    image, scene_object = scenes.render(scene), rng.choice(scene.objects)
     window = rng.random() < 0.2 and sample_random_box(rng, SIDE, SIDE, "large", CueConfig(), scene_object.box)
     if window:
-        scene_object = max(scene.objects, key=lambda o: visible_area(o.box, window))
+        scene_object = max(scene.objects, key=lambda o: scenes.visible_area(o.box, window))
     window = window or sample_cue_box(rng, scene_object.box, SIDE, SIDE, CueConfig())
     return scene_object, Cue(image, window, "", scene=scene).crop
 
@@ -116,16 +125,16 @@ def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor
     return tokens.view(n, -1, tokens.shape[-1])
 
 
-def objects_by_cell(scenes: tuple[Scene, ...]) -> dict[int, SceneObject]:
+def objects_by_cell(drawn: tuple[Scene, ...]) -> dict[int, SceneObject]:
     """The object whose centre a cell holds, by the cell's index among the 64 of every scene.
 
     Of two centres in a cell, the one nearer to the cell's middle counts.
     """
     found: dict[int, SceneObject] = {}
-    for i, scene in enumerate(scenes):
-        for scene_object in sorted(scene.objects, key=lambda o: sum(abs(v % CELL - 16) for v in o.centre)):
+    for i, scene in enumerate(drawn):
+        for scene_object in sorted(scene.objects, key=lambda o: sum(abs(v % 32 - 16) for v in o.centre)):
             x, y = scene_object.centre
-            found.setdefault(CELLS * i + int(y // CELL) * (SIDE // CELL) + int(x // CELL), scene_object)
+            found.setdefault(CELLS * i + int(y // 32) * (SIDE // 32) + int(x // 32), scene_object)
     return found
 
 
@@ -142,7 +151,7 @@ def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> 
     scene, scene_tokens, crops = example
     salient, images = [o for o in scene.objects if is_salient(o)], [scene_tokens]
     kind = rng.choices(list(turns), list(turns.values()))[0]
-    possible = [q for q in questions(scene) if q.kind == kind and is_salient(q.evidence)]
+    possible = [q for q in scenes.questions(scene) if q.kind == kind and is_salient(q.evidence)]
     if possible:
         q = rng.choice(possible)
         # The thought starts with the words that the question gives, and ends with what the answer needs.
@@ -174,38 +183,41 @@ class Build:
     """A build in progress: the model, the heads of the vision stage, and what has been done so far."""
 
     def __init__(self, out: Path, seed: int, steps_per_stage: int | None = None):
-        torch.set_num_threads(2)  # sums in another number of parts differ in the last bit
+        torch.set_num_threads(THREADS)
         torch.manual_seed(seed)
-        self.seed, self.tokenizer, self.examples = seed, build_tokenizer(), []
+        self.seed, self.tokenizer, self.examples = seed, build_tokenizer(), {}
         self.steps = {name: steps_per_stage or stage.steps for name, stage in STAGES.items()}
         self.model = build_model(self.tokenizer)
         heads = {"centre": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
         self.heads = nn.ModuleDict(heads | {"core": nn.Linear(128, 128)})
         self.file = out.with_name(f"{out.name}-build") / "state.pt"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.state = {"stage": "vision", "step": 0, "accuracy": {}, "seconds": {}}
+        settings = {"seed": seed, "steps": self.steps, "threads": THREADS}
+        settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        # `step`: how many steps of `stage` are done; `accuracy`: after each stage that is complete.
+        self.state = {"settings": settings, "stage": "vision", "step": 0, "accuracy": {}}
         if self.file.is_file():
             self.state = torch.load(self.file, weights_only=True)
+            require_same_settings(self.file, self.state["settings"], settings)
             self.model.load_state_dict(self.state["model"])
             self.heads.load_state_dict(self.state["heads"])
 
-    def save(self, **changes) -> None:
-        """A kill leaves the whole old file or the whole new one."""
+    def save(self, **changes: Any) -> None:
+        """Writes the state. A kill leaves the whole old file or the whole new one."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.state |= {"model": self.model.state_dict(), "heads": self.heads.state_dict()} | changes
         torch.save(self.state, self.file.with_suffix(".new"))
         self.file.with_suffix(".new").replace(self.file)
 
-    def train(self, name: str, parameters: list, loss_function: Callable) -> None:
-        """AdamW on loss_function(rng) for the steps that a stage has left; saved every 200."""
-        order = list(STAGES)
-        if order.index(name) < order.index(self.state["stage"]):
+    def train(self, name: str, parameters: list, loss_function: Callable, measure: Callable) -> None:
+        """AdamW on loss_function(rng) for the steps that a stage has left; then measure() tells the accuracy."""
+        if name in self.state["accuracy"]:
             return
         stage, num_steps = STAGES[name], self.steps[name]
         optimizer = torch.optim.AdamW(parameters, stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
         first_step = self.state["step"] if self.state["stage"] == name else 0
         if first_step:
             optimizer.load_state_dict(self.state["optimizer"])
-        bar = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, desc=name, mininterval=20)
+        bar = tqdm(range(first_step, num_steps), name, num_steps, initial=first_step, mininterval=5)
         for step in bar:
             # Warm-up, then a cosine or a plateau.
             progress = step / num_steps
@@ -217,8 +229,10 @@ class Build:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             bar.set_postfix(metrics, refresh=False)
-            if (step + 1) % 200 == 0 or step + 1 == num_steps:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == num_steps:
                 self.save(stage=name, step=step + 1, optimizer=optimizer.state_dict())
+        self.save(accuracy=self.state["accuracy"] | {name: measure()})
+        print(f"{name}, {num_steps} steps: {self.state['accuracy'][name]}")
 
     def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         """The loss of stage 1 on 16 scenes and two crops of each; also what the progress bar shows.
@@ -228,11 +242,11 @@ class Build:
         """
         visual, heads = self.model.model.visual, self.heads
         counts = (draw_count(rng, STAGES["vision"].few_share) for _ in range(16))
-        scenes, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
+        drawn, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
         # What each token should tell: first those of the K cells that hold a centre, then those of crops.
-        targets = objects_by_cell(scenes)
+        targets = objects_by_cell(drawn)
         K, C = len(targets), 16 * CELLS
-        shown, crops = zip(*[random_crop(rng, scene) for scene in scenes for _ in range(2)])
+        shown, crops = zip(*[random_crop(rng, scene) for scene in drawn for _ in range(2)])
         targets |= {C + j: shown[j // CROP_CELLS] for j in range(32 * CROP_CELLS)}
         index = torch.tensor(list(targets))  # [K + 128]
         tokens = torch.cat([compute_image_tokens(visual, part).flatten(0, 1) for part in (images, crops)])
@@ -245,7 +259,8 @@ class Build:
         is_centre = torch.zeros(C).index_fill_(0, index[:K], 1.0)  # [16·64]
         loss = F.binary_cross_entropy_with_logits(heads["centre"](tokens[:C])[:, 0], is_centre)
         loss = loss + 10 * distance + 4 * F.cross_entropy(heads["digits"](centre_tokens).view(-1, 10), digits)
-        # Words by the dot product with their own embeddings, so that the text model can read the tokens.
+        # Words by the dot product with their own embeddings, so that the text model can read the tokens. Of
+        # the core by way of a head: colour and core are words of one kind.
         metrics = {"pixels": distance.item() * SIDE}
         words = tokens[index]  # [K + 128, H]
         for kind, names in (("color", list(COLORS)), ("shape", SHAPES), ("core", list(COLORS))):
@@ -255,7 +270,7 @@ class Build:
             labels = torch.tensor([names.index(getattr(o, kind)) for o in targets.values()])
             on_scenes, on_crops = (F.cross_entropy(logits[i], labels[i]) for i in (slice(K), slice(K, None)))
             loss = loss + 2 * (on_scenes + on_crops)
-            metrics |= {kind: on_scenes.item(), f"{kind}, crop": on_crops.item()}
+            metrics[kind] = (logits[:K].argmax(-1) == labels[:K]).float().mean().item()
         return loss, metrics
 
     @torch.no_grad()
@@ -265,7 +280,7 @@ class Build:
         So the word " red" attends to red objects from the first step.
         """
         self.model.model.visual.requires_grad_(False)
-        if self.state["stage"] == "vision":
+        if self.state["stage"] == "vision":  # else the queries have been trained already
             for attention in (layer.self_attn for layer in self.model.model.language_model.layers):
                 keys = attention.k_proj.weight.view(2, 32, 128)  # [key heads, head, H]
                 attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
@@ -273,20 +288,22 @@ class Build:
     @torch.no_grad()
     def draw_examples(self) -> None:
         """Draws the scenes of the language stages, half of them of few objects, and two crops of each."""
-        visual, examples = self.model.model.visual, min(EXAMPLES, 8 * sum(self.steps.values()))
-        for start in tqdm(range(0, examples, 100), desc="image tokens", mininterval=20):
+        visual, count = self.model.model.visual, min(EXAMPLES, 8 * sum(self.steps.values()))
+        self.examples = {True: [], False: []}  # by whether a scene has few objects
+        for start in tqdm(range(0, count, 100), "image tokens", mininterval=5):
             rng = random.Random(f"pretraining/{self.seed}/examples/{start}")
             counts = [draw_count(rng, 0.5) for _ in range(100)]
-            scenes, images = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
-            shown, crops = zip(*[random_crop(rng, scene) for scene in scenes for _ in range(2)])
+            drawn, images = zip(*[random_scene(rng, count, suppressed=0.25) for count in counts])
+            shown, crops = zip(*[random_crop(rng, scene) for scene in drawn for _ in range(2)])
             pairs = list(zip(shown, compute_image_tokens(visual, crops)))  # 200 × (object, [4, H])
-            self.examples += zip(scenes, compute_image_tokens(visual, images), zip(pairs[::2], pairs[1::2]))
+            for example in zip(drawn, compute_image_tokens(visual, images), zip(pairs[::2], pairs[1::2])):
+                self.examples[len(example[0].objects) <= FEW].append(example)
 
     def turns_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the answers in rows `[scene | turn 1 | … | turn 8]`; also what the progress bar shows."""
+        """The loss of the replies in rows `[scene | turn 1 | … | turn 8]`; also what the progress bar shows."""
         tokenizer, model, batch = self.tokenizer, self.model.model, 8
         few = [rng.random() < stage.few_share for _ in range(batch)]
-        drawn = [rng.choice(self.by_count[is_few]) for is_few in few]
+        drawn = [rng.choice(self.examples[is_few]) for is_few in few]
         examples = [example for example in drawn for _ in range(TURNS)]
         texts, images = zip(*[draw_turn(rng, example, stage.turns) for example in examples])
         # 1. Every turn by itself, behind its own copy of the scene.
@@ -294,12 +311,13 @@ class Build:
         image_id, think_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<think>"])
         # Positions depend only on where the image tokens are: there are two layouts, with a crop and without.
         layouts, index = (ids == image_id).long().unique(dim=0, return_inverse=True)  # [2, L] and [B·8]
-        grids = [[1, SIDE // 16, SIDE // 16]] * len(layouts) + [[1, CROP_SIDE // 16, CROP_SIDE // 16]]
+        sides = [SIDE // 16] * len(layouts) + [scenes.CROP_SIDE // 16]  # in patches, of each image
+        grids = [[1, side, side] for side in sides]
         position_ids = model.get_rope_index(layouts, layouts, torch.tensor(grids))[0][:, index]  # [3, B·8, L]
         # 2. Eight turns in a row share the first copy of the scene (segment 1); the others are dropped (0).
         segment_ids = torch.arange(2, TURNS + 2).repeat(batch)[:, None] * (ids != tokenizer.pad_token_id)
         is_first = torch.arange(batch * TURNS) % TURNS == 0  # [B·8]
-        segment_ids[:, : self.scene_length] = is_first[:, None]  # [B·8, L]
+        segment_ids[:, : len(tokenizer(SCENE).input_ids)] = is_first[:, None]  # [B·8, L]
         # Columns of a token: id, segment, is it of the answer, and its three positions.
         columns = torch.stack([ids, segment_ids, (ids == think_id).cumsum(1), *position_ids], -1)
         rows = [row[row[:, 1] > 0] for row in columns.view(batch, -1, 6)]  # B × [tokens kept, 6]
@@ -313,45 +331,61 @@ class Build:
         loss = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, **kwargs).loss
         return loss, {"loss": loss.item()}
 
-    @property
-    def scene_length(self) -> int:
-        return len(self.tokenizer(SCENE).input_ids)
+    @torch.no_grad()
+    def measure_vision(self) -> dict[str, float]:
+        """The vision stage's metrics on 480 scenes that no stage has seen."""
+        rows = [self.vision_loss(random.Random(f"held-out/{step}"))[1] for step in range(30)]
+        return {name: round(mean(row[name] for row in rows), 4) for name in rows[0]}
+
+    def measure_language(self) -> dict[str, dict[str, float]]:
+        """Accuracy of the questions by kind and size, on held-out scenes of few objects and on crowds."""
+        processor = Processor(self.tokenizer, build_image_processor(), FAMILIES["tiny"], "")
+        policy, accuracy = make_policy(self.model, processor, self.model.device), {}
+        for name, counts in (("few", (1, FEW)), ("crowds", (8, scenes.MAX_OBJECTS))):
+            held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 1, counts), MEASURED)
+            kinds = evaluate(policy, held, FAMILIES["tiny"].max_new_tokens).summary["questions"]["by_kind"]
+            accuracy[name] = {kind: round(part["accuracy"], 4) for kind, part in kinds.items()}
+        return accuracy
 
 
 def run_build(build: Build, out: Path) -> None:
     """All stages, or what is left of them; then the finished model is a folder like any other."""
     model, word_embeddings = build.model, build.model.get_input_embeddings().weight
     vision = [*model.model.visual.parameters(), *build.heads.parameters(), word_embeddings]
-    build.train("vision", vision, build.vision_loss)
+    build.train("vision", vision, build.vision_loss, build.measure_vision)
     build.start_language()
     build.draw_examples()
-    build.by_count = {few: [e for e in build.examples if (len(e[0].objects) <= FEW) == few] for few in (True, False)}
     text = list(model.model.language_model.parameters())
-    for name in list(STAGES)[1:]:
-        build.train(name, text, partial(build.turns_loss, stage=STAGES[name]))
-        torch.save(model.state_dict(), build.file.with_name(f"{name}.pt"))
-    save_model(build, out)
-
-
-def save_model(build: Build, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    model = build.model
-    model.config.locus_build = {"seed": build.seed, "steps": build.steps}
+    for name, stage in list(STAGES.items())[1:]:
+        build.train(name, text, partial(build.turns_loss, stage=stage), build.measure_language)
     model.config.locus_family, model.generation_config.do_sample = "tiny", False
     for part in (model, build.tokenizer, build_image_processor()):
         part.save_pretrained(out)
+    sha256 = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    model.config.locus_build = build.state["settings"] | {
+        "accuracy": build.state["accuracy"],
+        "sha256": sha256,
+    }
+    model.config.save_pretrained(out)
     print(f"The model is in {out}. Measure it with: python -m tiny.card --model {out}")
+    print(f"SHA-256 of model.safetensors: {sha256}")
 
 
 def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-per-stage", type=int, help="instead of each stage's own number, to try it out")
+    parser.add_argument(
+        "--steps-per-stage", type=int, help="instead of each stage's own number, to try it out"
+    )
     args = parser.parse_args()
     with exit_on_error():
         if args.steps_per_stage is not None and args.steps_per_stage < 1:
             raise UserError(f"--steps-per-stage {args.steps_per_stage} is no training: give 1 or more.")
+        if (checkout := Path(__file__).resolve().parents[1]) in args.out.resolve().parents:
+            raise UserError(
+                f"--out {args.out} is inside {checkout}, and so would be its state: give another."
+            )
         run_build(Build(args.out, args.seed, args.steps_per_stage), args.out)
 
 
