@@ -11,7 +11,7 @@ from typing import Any
 from data import CueConfig, Cues, open_cues
 from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
-from evaluation.scores import compare, table
+from evaluation.scores import summarize, table
 from files.disk import write_json
 from files.errors import exit_on_error
 from models import add_lora, enable_gradient_checkpointing, load_policy
@@ -114,7 +114,7 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     # Write it down.
     training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open())
     seconds = {"training": round(training, 1), "all": round(time.monotonic() - experiment.started, 1)}
-    results = {"before": before.summary, "after": after.summary, "change": compare(before, after)}
+    results = summarize(before, after)
     results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
     parts = experiment.cues.left_out + experiment.heldout_cues.left_out
     results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}

@@ -1,0 +1,130 @@
+"""Instances: does the model tell an object from its twin by the crop (the paper's reason for visual cues)?
+
+Twins have one name and one size, and differ in what is inside. Every scene is asked twice, with the window of
+either twin as the crop, so a model that prefers one of the two boxes whatever it is shown scores 50 %, and is
+never right for both. The windows are uncut and show no other object.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count, islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import Cue, CueConfig, encode_cue, scene_cues
+from evaluation.heldout import box_score, neighbour_fraction, object_at
+from evaluation.reply_cache import cached_generate, cached_values
+from evaluation.scores import Scores, mean
+from policy import Policy, collate, compute_image_features, token_logps
+from prompts import EncodedPrompt
+from reward import Box
+from tiny.scenes import SIDE
+
+ROWS = {"twins, forced choice": "twins_forced", "twins, choice told the detail": "twins_forced_described"}
+ROWS |= {"twins, each crop found": "twins_right", "twins, both crops found": "twins_swap"}
+ROWS |= {"twins, detail in the thought": "twins_named_detail"}
+
+
+def twin_pairs(seed: int) -> Iterator[tuple[Cue, Cue]]:
+    """Held-out scenes without end: a cue for each of two twins, whose windows differ in their place alone."""
+    for cue in map(scene_cues(CueConfig(), "heldout", seed, twins=True).__getitem__, count()):
+        (twin,) = (o for o in cue.scene.objects if o.name == cue.target.name and o != cue.target)
+        dx, dy = (twin.box[i] - cue.target.box[i] for i in (0, 1))
+        x1, y1, x2, y2 = cue.box
+        pair = cue, replace(cue, box=(x1 + dx, y1 + dy, x2 + dx, y2 + dy), target=twin)
+        # A window that touches an edge of the image may have been cut there.
+        if all(min(c.box) > 0 and max(c.box) < SIDE and neighbour_fraction(c) == 0 for c in pair):
+            yield pair
+
+
+def measure_twins(
+    policy: Policy, n: int, seed: int, batch: int, cache: dict | None = None, name: str = "twins"
+) -> dict[str, list]:
+    """Scores of n pairs of twins: lists with a value per pair, but for `swap` the mean over its two crops.
+
+    forced            is the target's box more probable than its twin's, after a thought that is their name?
+    forced_described  the same after a thought that also says what is inside the target
+    right             is the greedy box at the right twin? A miss is wrong
+    swap              is it for both crops? 1 or 0
+    named_detail      does the greedy reply's thought say what is inside?
+    size              of the twins: tiny or small
+
+    batch: prompts per batch. cache: values of an earlier, killed run, whose keys begin with `name`.
+    """
+    cues = [cue for pair in islice(twin_pairs(seed), n) for cue in pair]  # 2n: cue i ^ 1 is the other twin's
+    prompts, cache = [], {} if cache is None else cache
+    for cue in cues:
+        prompts.append(encode_cue(policy.processor, cue, "object"))
+        compute_image_features(policy, prompts[-1:])
+
+    def choose(indices: range) -> list[list[float]]:
+        return forced_choice(policy, *([items[i] for i in indices] for items in (prompts, cues, others)))
+
+    others = [cues[i ^ 1] for i in range(2 * n)]
+    forced = cached_values(cache, f"{name}/forced", range(2 * n), batch, choose)  # [2n, 2 thoughts]
+    limits = policy.processor.family.max_new_tokens, batch
+    replies = zip(cached_generate(policy, cache, f"{name}/replies", prompts, limits), cues, strict=True)
+    rows = [box_score(*reply, cue.box, cue) or {"right": 0.0, "detail": 0.0} for reply, cue in replies]
+    lists = {"right": [row["right"] for row in rows], "named_detail": [row["detail"] for row in rows]}
+    lists |= zip(("forced", "forced_described"), zip(*forced, strict=True), strict=True)
+    pairs = {key: list(zip(values[::2], values[1::2], strict=True)) for key, values in lists.items()}
+    scores = {key: [mean(pair) for pair in part] for key, part in pairs.items()}
+    swap = [float(all(pair)) for pair in pairs["right"]]
+    return scores | {"swap": swap, "size": [cue.size for cue in cues[::2]]}
+
+
+@torch.no_grad()
+def forced_choice(
+    policy: Policy, prompts: list[EncodedPrompt], cues: list[Cue], others: list[Cue]
+) -> list[list[float]]:
+    """1 where a cue's box is more probable than the other twin's, else 0: [prompts, 2 thoughts].
+
+    The thoughts are the name and the description of the cue's target. Each is the same before both boxes, so
+    it adds the same to both log-probabilities.
+    """
+    texts = []
+    for prompt, cue, other in zip(prompts, cues, others, strict=True):
+        for thought in (cue.target.name, cue.target.description):
+            answers = (prompt.frame.to_text(box) for box in (cue.box, other.box))
+            texts += [f"<think> {thought}</think><answer>{answer}</answer>" for answer in answers]
+    kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    tokens = policy.processor.tokenizer(texts, **kwargs).to(policy.device)
+    groups = (part.unflatten(0, (-1, 4)) for part in (tokens.input_ids, tokens.attention_mask.bool()))
+    logps = token_logps(policy, collate(policy, prompts), *groups).sum(-1)  # [B, 4], from [B, 4, T]
+    return (logps[:, ::2] > logps[:, 1::2]).float().tolist()
+
+
+def add_twins(scores: Scores, values: dict[str, list]) -> None:
+    """Adds the values of measure_twins to a model's scores: samples, also by size, and their means."""
+    summary = scores.summary["twins"] = {"n": len(values["size"])}
+    for name in values.keys() - {"size"}:
+        scores.add(f"twins_{name}", values[name], zip(values["size"]))
+        summary[name] = mean(values[name])
+
+
+# ---------------------------------------------------------------- a control: do the pixels tell twins apart?
+
+
+def best_matches(image: Image.Image, window: Box) -> list[Box]:
+    """Where a window's pixels match its image best: all boxes with the least squared difference."""
+    x1, y1, x2, y2 = window
+    pixels = torch.from_numpy(np.array(image, dtype=np.float64)).permute(2, 0, 1)  # [3, H, W]
+    patch = pixels[:, y1:y2, x1:x2]  # [3, h, w]
+    # Σ (image − patch)² = Σ image² · 1 − 2 Σ image · patch + Σ patch²; the last is the same everywhere.
+    terms, kernels = torch.cat([pixels**2, pixels]), torch.cat([torch.ones_like(patch), -2 * patch])
+    spectrum = torch.fft.rfft2(terms) * torch.fft.rfft2(kernels, s=pixels.shape[1:]).conj()  # [6, H, W/2 + 1]
+    distance = torch.fft.irfft2(spectrum, s=pixels.shape[1:]).sum(0)  # [H, W]
+    distance = distance[: image.height - (y2 - y1) + 1, : image.width - (x2 - x1) + 1]  # inside the image
+    matches = (distance <= distance.min() + 0.5).nonzero()  # [matches, 2]
+    return [(x, y, x + x2 - x1, y + y2 - y1) for y, x in matches.tolist()]
+
+
+def match_twins(n: int, seed: int) -> float:
+    """The share of n pairs for which the best matches of both windows are at the right twin."""
+    matches = (
+        [(box, cue) for cue in pair for box in best_matches(cue.image, cue.box)]
+        for pair in islice(twin_pairs(seed), n)
+    )
+    return mean(all(object_at(cue.scene, box) == cue.target for box, cue in pair) for pair in matches)
