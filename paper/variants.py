@@ -20,9 +20,8 @@ from files.errors import UserError, exit_on_error
 from locus_mini import LOCUS, Example, Task, run, score, update_policy
 from policy import Policy, Rollout
 from prompts import EncodedPrompt, Processor, encode, prompt_text
-from reward import Reward, reward
+from reward import Reward, format_reward, reward
 from tiny import scenes
-from tiny.scenes import Question
 from training import run_folder
 from training.settings import Config, read_flags
 
@@ -31,9 +30,8 @@ from training.settings import Config, read_flags
 
 def encode_description(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
     """The text cue with a description that no other object of the scene has: `--source text` says less."""
-    return encode(
-        processor, prompt_text(processor.family, "text", text=target_object(cue).description), cue.image
-    )
+    text = prompt_text(processor.family, "text", text=target_object(cue).description)
+    return encode(processor, text, cue.image)
 
 
 def encode_other_crop(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
@@ -43,7 +41,7 @@ def encode_other_crop(processor: Processor, cue: Cue, index: int, cfg: Config) -
     return encode(processor, prompt_text(processor.family, "cue"), cue.image, crop=other.crop)
 
 
-def question_of(cue: Cue, index: int) -> Question:
+def question_of(cue: Cue, index: int) -> scenes.Question:
     """A question on a cue's scene, of each kind in turn; of another kind where the scene has none of it."""
     questions = scenes.questions(cue.scene)
     preferred = [q for q in questions if q.kind == scenes.KINDS[index % len(scenes.KINDS)]]
@@ -62,11 +60,8 @@ def encode_question(processor: Processor, cue: Cue, index: int, cfg: Config) -> 
 def score_question(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
     """0.9 · right + 0.1 · format of the answers to a question; `iou` is 1 for a right one."""
     question = question_of(example.cue, example.index)
-    rewards = []
-    for text, scored in zip(completions, score(completions, example, cfg), strict=True):
-        right = is_right(text, question)
-        rewards.append(Reward((1 - cfg.alpha) * right + cfg.alpha * scored.format, right, scored.format))
-    return rewards
+    pairs = [(is_right(text, question), format_reward(text)) for text in completions]
+    return [Reward((1 - cfg.alpha) * right + cfg.alpha * form, right, form) for right, form in pairs]
 
 
 def score_randomly(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
@@ -122,16 +117,14 @@ def rollout_ground_truth(
     policy: Policy, batch: list[Example], step: int, cfg: Config, wrong_share: float = 0.0
 ) -> Rollout:
     """What SFT imitates, in place of a rollout: one completion a prompt, a rationale and the true box."""
-    tokenizer, opening, rows = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
+    tokenizer, opening, texts = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
     for example in batch:
         thought = f"<think> {rationale(example, wrong_share)}".rstrip()
-        answer = example.prompt.frame.to_text(example.cue.box)
-        text = f"{thought}</think><answer>{answer}</answer>".removeprefix(opening)
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        rows.append(torch.tensor(ids, device=policy.device))  # [T_b]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
-    mask = torch.arange(tokens.shape[-1], device=policy.device) < lengths  # [B, 1, T]
+        text = f"{thought}</think><answer>{example.prompt.frame.to_text(example.cue.box)}</answer>"
+        texts.append(text.removeprefix(opening) + tokenizer.eos_token)
+    kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    encoded = tokenizer(texts, **kwargs).to(policy.device)
+    tokens, mask = encoded.input_ids[:, None], encoded.attention_mask.bool()[:, None]  # [B, 1, T]
     return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
 
 
@@ -155,11 +148,6 @@ class Variant:
     task: Task
     scenes_only: bool = True
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that it fixes: imitation has no KL to the reference, as in the paper."""
-        return {"beta": 0.0} if self.task.update is imitate_all else {}
-
 
 def sft(name: str, wrong_share: float = 0.0) -> Task:
     """SFT, a share of whose rationales is wrong."""
@@ -169,9 +157,7 @@ def sft(name: str, wrong_share: float = 0.0) -> Task:
 QUESTIONS = Task("questions", encode=encode_question, score=score_question)
 TABLE = (
     Variant("cue search, rewarded by IoU", LOCUS, scenes_only=False),
-    Variant(
-        "imitate a rationale and the true box, without a rollout (Table 4)", sft("sft"), scenes_only=False
-    ),
+    Variant("imitate a rationale and the true box (Table 4)", sft("sft"), scenes_only=False),
     Variant("the same, a quarter of the rationales wrong", sft("sft_quarter_wrong", 0.25)),
     Variant("the same, half of the rationales wrong", sft("sft_half_wrong", 0.5)),
     Variant("a random reward", Task("random", score=score_randomly), scenes_only=False),
@@ -184,16 +170,18 @@ VARIANTS = {variant.task.name: variant for variant in TABLE}
 
 
 def variant_flags(name: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a variant's run with the settings that it fixes; UserError where the two disagree."""
-    variant = VARIANTS[name]
+    """The flags of a variant's run; UserError where they make no sense.
+
+    Imitation has no KL to the reference, as in the paper.
+    """
+    variant, imitates = VARIANTS[name], VARIANTS[name].task.update is imitate_all
     if "dry_run" in flags:
         raise UserError(f"--dry-run measures LOCUS, not {name}: give it to locus_mini.py.")
-    for setting, value in variant.settings.items():
-        if flags.get(setting, value) != value:
-            raise UserError(f"{name} trains with --{setting} {value}, not {flags[setting]}: leave it out.")
+    if imitates and flags.get("beta"):
+        raise UserError(f"{name} trains with --beta 0, not {flags['beta']}: leave it out.")
     if variant.scenes_only and flags.get("data", "scenes") != "scenes":
         raise UserError(f"{name} needs scenes, not --data {flags['data']}: leave it out.")
-    return flags if "resume" in flags else flags | variant.settings
+    return flags | ({"beta": 0.0} if imitates and "resume" not in flags else {})
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from files.errors import FlagParser, UserError, exit_on_error
 
 HERE = Path(__file__).parent
 ATTEMPTS = HERE.parent / "docs" / "attempts.jsonl"
-BASE = "base"  # the row of a base itself: one run of no steps
+BASE = "base"  # the row of a base itself: one seed, no steps
 Rows = dict[str, dict[str, list[dict]]]  # base: row: the content of the files of its seeds
 
 
@@ -39,12 +38,11 @@ def sha256(path: Path) -> str:
 
 
 def plan(protocol: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """Every (base, row, seed): a base first, then its rows seed by seed, those with a claim first."""
+    """Every (base, row, seed): base by base, then seed by seed, so the rows with a claim come first."""
     runs = []
     for base in protocol["bases"]:
-        numbered = [(i, name) for name, row in protocol["rows"].items() for i in range(row["seeds"])]
-        runs.append((base, BASE, protocol["seeds"][0]))
-        runs += [(base, name, protocol["seeds"][i]) for i, name in sorted(numbered, key=lambda run: run[0])]
+        for i, seed in enumerate(protocol["seeds"]):
+            runs += [(base, name, seed) for name, row in protocol["rows"].items() if i < row["seeds"]]
     return runs
 
 
@@ -54,21 +52,19 @@ def sample_file(folder: Path, base: str, name: str, seed: int) -> Path:
     return folder / "samples" / f"{words}-{base}-{seed}.json.gz"
 
 
-def read_row(path: Path) -> dict[str, Any]:
-    """The content of a row's file; see `reproduce.run_row`."""
-    return json.loads(gzip.decompress(path.read_bytes()))
+def read_row(path: Path, protocol_sha256: str) -> dict[str, Any]:
+    """The content of a row's file (see `reproduce.run_row`); UserError if another protocol made it."""
+    row = json.loads(gzip.decompress(path.read_bytes()))
+    if row["protocol"] != protocol_sha256:
+        raise UserError(f"{path} was made under another protocol.json: delete it and run its row again.")
+    return row
 
 
 def read_rows(folder: Path, protocol: dict[str, Any]) -> Rows:
-    """The files of every row; UserError where one is missing or was made under another protocol."""
-    rows: Rows = {}
+    """The files of every row."""
+    rows, protocol_sha256 = {}, sha256(folder / "protocol.json")
     for base, name, seed in plan(protocol):
-        path = sample_file(folder, base, name, seed)
-        if not path.exists():
-            raise UserError(f"{path} does not exist: run python -m paper.reproduce.")
-        row = read_row(path)
-        if row["protocol"] != sha256(folder / "protocol.json"):
-            raise UserError(f"{path} was made under another protocol.json: delete it and run its row again.")
+        row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
         rows.setdefault(base, {}).setdefault(name, []).append(row)
     return rows
 
@@ -79,16 +75,13 @@ def read_rows(folder: Path, protocol: dict[str, Any]) -> Rows:
 def t_tail(t: float, df: float) -> float:
     """P(|T| > t) under Student's distribution with df ≥ 1 degrees of freedom.
 
-    With T = √df · tan θ, the density of θ is cos^(df − 1) θ up to a constant: Simpson's rule integrates it.
+    With T = √df · tan θ, the density of θ is cos^(df − 1) θ up to a constant: the midpoint rule.
 
     >>> round(t_tail(1.0, 1.0), 6)  # Cauchy: 1 − 2/π · atan t
     0.5
     """
-    intervals, end = 1000, math.atan(abs(t) / math.sqrt(df))
-    heights = np.cos(np.linspace(0, end, intervals + 1)) ** (df - 1)  # [1001]
-    area = (
-        (heights[0] + heights[-1] + 4 * heights[1::2].sum() + 2 * heights[2:-1:2].sum()) * end / intervals / 3
-    )
+    angles = math.atan(abs(t) / math.sqrt(df)) * (np.arange(2000) + 0.5) / 2000  # [2000]
+    area = 2 * angles.mean() * (np.cos(angles) ** (df - 1)).mean()  # twice the mean angle is the last one
     constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
     return max(0.0, 1 - 2 * constant * float(area))
 
@@ -106,10 +99,11 @@ def t_quantile(tail: float, df: float) -> float:
     return high
 
 
-def contrast(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]]) -> dict[str, Any]:
+def contrast(after: list[list[float]], before: list[list[float]] | float = 0) -> dict[str, Any]:
     """The change of the same samples in points of 100, with its intervals and its p-value.
 
     after, before: a list for each of S seeds, of n samples each, paired seed by seed and sample by sample.
+    Without `before` it is the mean itself.
     SE² = s²(scene means) / n + s²(seed means) / S, with Satterthwaite's degrees of freedom
     df = SE⁴ / Σ part² / (number − 1).
     """
@@ -117,12 +111,12 @@ def contrast(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]]
     means = [m for m in (changes.mean(0), changes.mean(1)) if len(m) > 1]  # of each sample [n], each seed [S]
     parts = [(float(m.var(ddof=1)) / len(m), len(m) - 1) for m in means]
     variance, change = sum(part for part, _ in parts), float(changes.mean())
-    # Equal answers everywhere have no variance: their change is exactly 0.
-    df = variance**2 / sum(part**2 / number for part, number in parts) if variance else 1.0
     error = math.sqrt(variance)
+    # Equal changes everywhere have no variance: the interval is a point.
+    df = variance**2 / sum(part**2 / number for part, number in parts) if error else 1.0
     entry: dict[str, Any] = {"change": change, "error": error, "df": df, "n": changes.shape[1]}
     for tail, name in ((0.05, "95"), (0.1, "90")):
-        half = t_quantile(tail, df) * error if error else 0.0
+        half = t_quantile(tail, df) * error
         entry[name] = [change - half, change + half]
     p = t_tail(change / error, df) if error else float(change == 0)
     return entry | {"p": p, "seeds": changes.mean(1).tolist()}
@@ -131,7 +125,7 @@ def contrast(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]]
 # ---------------------------------------------------------------- verdicts
 
 
-def samples_of(runs: list[dict], metric: str, sizes: Sequence[str]) -> list[list[float]]:
+def samples_of(runs: list[dict], metric: str, sizes: list[str]) -> list[list[float]]:
     """The samples of a row for each seed: those of the metric on objects of these sizes."""
     return [[v for size in sizes for v in run["samples"][f"{metric}_{size}"]] for run in runs]
 
@@ -144,12 +138,6 @@ def estimate(claim: dict[str, Any], rows: dict[str, list[dict]]) -> dict[str, An
     # A base has one run, which every seed is compared with.
     entry = contrast(after, before * (len(after) // len(before)))
     return entry | {"kl": [mean(run["kl"]["all"] for run in runs) for runs in (row, other)]}
-
-
-def p_of_all(estimates: list[dict[str, Any]]) -> float:
-    """The p-value of "on every base a change, in one direction": the largest one, or 1."""
-    directions = {math.copysign(1, entry["change"]) for entry in estimates}
-    return max(entry["p"] for entry in estimates) if len(directions) == 1 else 1.0
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -175,86 +163,67 @@ def verdict(estimates: list[dict[str, Any]], adjusted_p: float, margin: float) -
 
 def judge(protocol: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
     """Every claim with its change on each base, its adjusted p-value and its verdict."""
-    testable = [claim for claim in protocol["claims"] if not claim.get("untestable")]
-    estimates = [{base: estimate(claim, rows[base]) for base in rows} for claim in testable]
-    adjusted = holm([p_of_all(list(by_base.values())) for by_base in estimates])
-    judged = []
-    for claim, by_base, p in zip(testable, estimates, adjusted, strict=True):
+    changes, p_values, claims = [], [], []
+    for claim in protocol["claims"]:
+        changes.append(by_base := {base: estimate(claim, rows[base]) for base in rows})
+        # That all bases change in one direction is as unlikely as the least clear of them.
+        one_direction = len({entry["change"] > 0 for entry in by_base.values()}) == 1
+        p_values.append(max(entry["p"] for entry in by_base.values()) if one_direction else 1.0)
+    for claim, by_base, p in zip(protocol["claims"], changes, holm(p_values), strict=True):
         word = verdict(list(by_base.values()), p, protocol["margin"])
-        judged.append(claim | {"bases": by_base, "p": p, "verdict": word})
-    untestable = [claim for claim in protocol["claims"] if claim.get("untestable")]
-    return judged + [claim | {"verdict": "not testable"} for claim in untestable]
+        claims.append(claim | {"bases": by_base, "p": p, "verdict": word})
+    return claims + [claim | {"verdict": "not testable"} for claim in protocol["not_testable"]]
 
 
 # ---------------------------------------------------------------- RESULTS.json
 
 
-def row_figures(runs: list[dict]) -> dict[str, Any]:
-    """What RESULTS.json records of a row on one base: one number for each seed, of samples in points."""
-    names = runs[0]["samples"]
-    figures = {name: [100 * mean(run["samples"][name]) for run in runs] for name in names}
+def row_figures(runs: list[dict]) -> dict[str, list[float]]:
+    """What RESULTS.json records of a row on one base, a number for each seed: its samples in points, its KL.
+
+    Also the mean IoU reward in the first and the last 20 steps (Fig. 9).
+    """
+    figures = {name: [100 * mean(run["samples"][name]) for run in runs] for name in runs[0]["samples"]}
     figures |= {f"kl_{task}": [run["kl"][task] for run in runs] for task in runs[0]["kl"]}
-    return figures | {key: [run[key] for run in runs] for key in ("parse_rate", "format", "seconds")}
+    for name, part in (("first", slice(20)), ("last", slice(-20, None))):
+        figures[f"reward_{name}"] = [100 * mean(run["curve"][part]) for run in runs]
+    return figures | {"seconds": [run["seconds"] for run in runs]}
 
 
-def twin_figures(runs: list[dict]) -> dict[str, Any]:
-    """Forced choice and swap on held-out twins: points of 100, for all seeds and for each."""
+def twin_figures(runs: list[dict]) -> dict[str, list[dict]]:
+    """Shares of forced choice and swap on held-out twins: those of all seeds together, then of each."""
     figures = {}
     for test in ("forced", "swap"):
-        lists = [run["samples"][f"twins_{test}"] for run in runs]
-        each = [contrast([hits], [[0.0] * len(hits)]) for hits in lists]
-        figures[test] = {"all": contrast(lists, [[0.0] * len(hits) for hits in lists]), "seeds": each}
+        hits = samples_of(runs, f"twins_{test}", ["tiny", "small"])
+        figures[test] = [contrast(hits), *(contrast([hits_of_seed]) for hits_of_seed in hits)]
     return figures
 
 
-def mean_curve(runs: list[dict]) -> dict[str, list[float]]:
-    """A row's training curve: for each step, the mean over the seeds."""
-    return {
-        key: [mean(values) for values in zip(*(run["curve"][key] for run in runs))]
-        for key in ("iou", "format")
-    }
-
-
-def rounded(content: Any) -> Any:
-    """JSON content with every number rounded to four places."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    return round(content, 4) if isinstance(content, float) else content
-
-
 def collect(folder: Path) -> dict[str, Any]:
-    """The content of RESULTS.json, from protocol.json and samples/ in a folder and the attempts before it."""
+    """The content of RESULTS.json, from protocol.json and samples/ in a folder and the attempts before it.
+
+    Numbers have four decimal places.
+    """
     protocol = read_json(folder / "protocol.json")
     rows = read_rows(folder, protocol)
     lines = ATTEMPTS.read_text(encoding="utf-8").splitlines() if ATTEMPTS.exists() else []
-    results = {
-        "protocol_sha256": sha256(folder / "protocol.json"),
-        "protocol": protocol,
-        "versions": rows[next(iter(rows))][BASE][0]["versions"],
-        "claims": judge(protocol, rows),
-        "rows": {
-            base: {name: row_figures(runs) for name, runs in by_row.items()} for base, by_row in rows.items()
-        },
-        "twins": {
-            base: {
-                name: twin_figures(runs)
-                for name, runs in by_row.items()
-                if "twins_swap" in runs[0]["samples"]
-            }
-            for base, by_row in rows.items()
-        },
-        "curves": {base: mean_curve(by_row["LOCUS"]) for base, by_row in rows.items()},
-        "attempts": [json.loads(line) for line in lines],
-    }
-    return rounded(results)
+    results = {"protocol_sha256": sha256(folder / "protocol.json"), "protocol": protocol}
+    results |= {"attempts": [json.loads(line) for line in lines], "claims": judge(protocol, rows)}
+    results |= {"rows": {}, "twins": {}, "versions": rows["A"][BASE][0]["versions"]}
+    for base, by_row in rows.items():
+        results["rows"][base] = {name: row_figures(runs) for name, runs in by_row.items()}
+        with_twins = [name for name in by_row if protocol["rows"][name].get("twins")]
+        results["twins"][base] = {name: twin_figures(by_row[name]) for name in with_twins}
+    return json.loads(json.dumps(results), parse_float=lambda digits: round(float(digits), 4))
 
 
-def change_cell(entry: dict[str, Any]) -> str:
-    """A change with its 95 % interval, as in RESULTS.md."""
+# ---------------------------------------------------------------- does RESULTS.md say the same?
+
+
+def change_cell(entry: dict[str, Any], sign: str = "+") -> str:
+    """A change (without its sign: a share) with its 95 % interval, as in RESULTS.md."""
     low, high = entry["95"]
-    return f"{entry['change']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{entry['change']:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def claim_row(claim: dict[str, Any], protocol: dict[str, Any]) -> str:
@@ -262,27 +231,25 @@ def claim_row(claim: dict[str, Any], protocol: dict[str, Any]) -> str:
 
     A "!" follows the KL of both rows on a base where they differ by more than the protocol's factor.
     """
-    factor, cells, pairs = protocol["kl_factor"], ["–"] * len(protocol["bases"]), []
-    for index, entry in enumerate(claim.get("bases", {}).values()):
-        cells[index] = change_cell(entry)
-        row_kl, other_kl = entry["kl"]
-        matched = claim["other"] == BASE or 1 / factor <= other_kl / max(row_kl, 1e-9) <= factor
-        pairs.append(f"{row_kl:.3f}, {other_kl:.3f}" + " !" * (not matched))
-    cells += [f"{claim['p']:.3f}" if pairs else "–", "; ".join(pairs) or "–"]
-    return f"| {' | '.join([claim['title'], *cells])} | **{claim['verdict']}** | {claim['paper']} |"
+    cells, p, pairs = ["–"] * len(protocol["bases"]), "–", []
+    if "bases" in claim:
+        cells, p = [change_cell(entry) for entry in claim["bases"].values()], f"{claim['p']:.3f}"
+        for kl in (entry["kl"] for entry in claim["bases"].values()):
+            matched = claim["other"] == BASE or max(kl) <= protocol["kl_factor"] * min(kl)
+            pairs.append(f"{kl[0]:.3f}, {kl[1]:.3f}" + " !" * (not matched))
+    cells = [claim["title"], *cells, p, "; ".join(pairs), f"**{claim['verdict']}**", claim["paper"]]
+    return f"| {' | '.join(cells)} |"
 
 
 def check(folder: Path) -> str:
     """Where RESULTS.json or RESULTS.md says otherwise than the samples, as one sentence; "" if nowhere."""
     results, stored = collect(folder), read_json(folder / "RESULTS.json")
-    text = (folder / "RESULTS.md").read_text(encoding="utf-8")
+    lines = (folder / "RESULTS.md").read_text(encoding="utf-8").splitlines()
     for claim in results["claims"]:
-        if claim_row(claim, results["protocol"]) not in text.splitlines():
-            return (
-                f"{folder / 'RESULTS.md'} has another line for {claim['title']!r}: {claim['verdict']} it is."
-            )
+        if claim_row(claim, results["protocol"]) not in lines:
+            return f"RESULTS.md has another line for {claim['title']!r}: by the samples, {claim['verdict']}."
     parts = [part for part, content in results.items() if content != stored.get(part)]
-    return f"{folder / 'RESULTS.json'} has other {parts[0]} than the samples give." if parts else ""
+    return f"RESULTS.json has other {parts[0]} than the samples give." if parts else ""
 
 
 def folder_flag(description: str) -> Path:
