@@ -247,6 +247,7 @@ def check(folder: Path) -> str:
     lines = (folder / "RESULTS.md").read_text(encoding="utf-8").splitlines()
     for claim in results["claims"]:
         if claim_row(claim, results["protocol"]) not in lines:
+            return f"RESULTS.md has another line for {claim['title']!r} than the samples give."
     parts = [part for part, content in results.items() if content != stored.get(part)]
     return f"RESULTS.json has other {parts[0]} than the samples give." if parts else ""
 
