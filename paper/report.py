@@ -25,10 +25,10 @@ COLUMNS |= {"reward, first steps": "reward_first", "last steps": "reward_last", 
 # ---------------------------------------------------------------- text
 
 
-def figure(values: list[float]) -> str:
-    """Mean ± standard error over the seeds, to three digits."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.3g}{error}"
+def figure(values: list[float], places: int) -> str:
+    """Mean ± standard error over the seeds."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.{places}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}f}{error}" if values else "–"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -53,8 +53,10 @@ def twin_text(twins: dict[str, dict]) -> tuple[str, str]:
 
 def row_table(base: str, rows: dict[str, dict], notes: dict[str, dict]) -> str:
     """Every row on one base: what its steps get, and its figures."""
-    figures = {name: [figure(row[key]) for key in COLUMNS.values()] for name, row in rows.items()}
-    lines = [[name, notes[name]["note"], *cells] for name, cells in figures.items()]
+    lines = []
+    for name, row in rows.items():
+        cells = [figure(row[key], 3 if key == "kl_all" else 1) for key in COLUMNS.values()]
+        lines.append([name, notes[name]["note"], *cells])
     return f"### Base {base}\n\n" + table(["row", "what its steps get", *COLUMNS], lines)
 
 

@@ -186,7 +186,7 @@ def row_figures(runs: list[dict]) -> dict[str, list[float]]:
     figures = {name: [100 * mean(run["samples"][name]) for run in runs] for name in runs[0]["samples"]}
     figures |= {f"kl_{task}": [run["kl"][task] for run in runs] for task in runs[0]["kl"]}
     for name, part in (("first", slice(20)), ("last", slice(-20, None))):
-        figures[f"reward_{name}"] = [100 * mean(run["curve"][part]) for run in runs]
+        figures[f"reward_{name}"] = [100 * mean(run["curve"][part]) for run in runs if run["curve"]]
     return figures | {"seconds": [run["seconds"] for run in runs]}
 
 
@@ -237,7 +237,7 @@ def claim_row(claim: dict[str, Any], protocol: dict[str, Any]) -> str:
         for kl in (entry["kl"] for entry in claim["bases"].values()):
             matched = claim["other"] == BASE or max(kl) <= protocol["kl_factor"] * min(kl)
             pairs.append(f"{kl[0]:.3f}, {kl[1]:.3f}" + " !" * (not matched))
-    cells = [claim["title"], *cells, p, "; ".join(pairs), f"**{claim['verdict']}**", claim["paper"]]
+    cells = [claim["title"], *cells, p, "; ".join(pairs) or "–", f"**{claim['verdict']}**", claim["paper"]]
     return f"| {' | '.join(cells)} |"
 
 
