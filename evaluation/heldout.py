@@ -95,7 +95,8 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
         rng.shuffle(possible)
         possible.sort(key=lambda q: missing[q.kind, q.evidence.size])
         possible = list({q.kind: q for q in possible}.values())
-        add_questions(policy, held, scene, possible)
+        if possible:
+            add_questions(policy, held, scene, possible)
         for q in possible:
             missing[q.kind, q.evidence.size] -= 1
     return held
