@@ -124,8 +124,9 @@ def scenes_task(session: Session) -> dict[str, Any]:
     shown = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
     scenes, questions = zip(*(held.scene_questions[i] for i in shown)) if shown else ((), ())
     titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for q in questions]
-    prompts = [attention.prefixed_questions(policy.processor, held, shown)] * len(model_scores)
     boxes = [[question.evidence.box] for question in questions]
+    prompts = attention.prefixed_questions(policy.processor, held)
+    prompts = [[prompts[i] for i in shown]] * len(model_scores)
     draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)

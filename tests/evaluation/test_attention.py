@@ -150,9 +150,9 @@ def held(policy) -> HeldOutSet:
 
 def test_attention_is_read_at_the_first_token_of_the_answer(policy, held):
     decode, endings = policy.processor.tokenizer.decode, set()
-    indices = range(len(held.scene_questions))
-    for index, prompt in zip(indices, prefixed_questions(policy.processor, held, indices), strict=True):
-        question, plain = held.scene_questions[index][1], held.question_prompts[index]
+    prompts = prefixed_questions(policy.processor, held)
+    items = zip(held.scene_questions, held.question_prompts, prompts, strict=True)
+    for (_, question), plain, prompt in items:
         assert prompt.input_ids[: len(plain.input_ids)].tolist() == plain.input_ids.tolist()
         ending = decode(prompt.input_ids[len(plain.input_ids) :])
         box = plain.frame.to_text(question.evidence.box) if question.kind == "place" else ""
