@@ -119,13 +119,14 @@ def scenes_task(session: Session) -> dict[str, Any]:
         twins.add_twins(scores, twins.measure_twins(policy, n, seed, batch, session.cache, f"{name}/twins"))
 
     model_scores = evaluate_models(session, held, analyse)
-    # To show: questions that every model answers right, so that no map is that of a wrong answer.
-    hits = zip(*(scores.samples["questions"] for scores in model_scores), strict=True)
-    shown = [i for i, hit in enumerate(hits) if all(hit)][:4]
-    scenes, questions = zip(*(held.scene_questions[i] for i in shown)) if shown else ((), ())
+    # To show: details, whose thought does not hold the answer, and of these what every model answers right.
+    hits = enumerate(zip(*(scores.samples["questions"] for scores in model_scores), strict=True))
+    examples = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
+    scenes, questions = zip(*(held.scene_questions[i] for i in examples)) if examples else ((), ())
     titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for q in questions]
-    prompts = [attention.prefixed_questions(policy.processor, held, shown)] * len(model_scores)
     boxes = [[question.evidence.box] for question in questions]
+    prompts = attention.prefixed_questions(policy.processor, held)
+    prompts = [[prompts[i] for i in examples]] * len(model_scores)
     draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)

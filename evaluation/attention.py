@@ -210,10 +210,10 @@ def reply_prefix(question: Question, frame: BoxFrame) -> str:
     return f"<think> {question.evidence.name}{box}</think><answer>"
 
 
-def prefixed_questions(processor: Processor, held: HeldOutSet, indices: Sequence[int]) -> list[EncodedPrompt]:
-    """The prompts of held-out questions, each with the beginning of a right reply."""
-    pairs = [(held.question_prompts[i], held.scene_questions[i][1]) for i in indices]
-    return [append_to_prompt(processor, prompt, reply_prefix(q, prompt.frame)) for prompt, q in pairs]
+def prefixed_questions(processor: Processor, held: HeldOutSet) -> list[EncodedPrompt]:
+    """The prompts of the held-out questions, each with the beginning of a right reply."""
+    pairs = zip(held.question_prompts, held.scene_questions, strict=True)
+    return [append_to_prompt(processor, prompt, reply_prefix(q, prompt.frame)) for prompt, (_, q) in pairs]
 
 
 def analyse_questions(
@@ -232,7 +232,7 @@ def analyse_questions(
     find_prompts = [encode_find(policy.processor, text, prompt.images[0]) for text, prompt in pairs]
     ious = box_ious(cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits), boxes)
     add_grounding(scores, ious, right, base)
-    prompts = prefixed_questions(policy.processor, held, range(len(questions)))
+    prompts = prefixed_questions(policy.processor, held)
     stats = measure_attention(policy, cache, f"{name}/looks", prompts, [[box] for box in boxes], limits[1])
     add_attention(scores, stats)
     for task in ("grounding", "found", "aib", "chance", "peak"):

@@ -95,7 +95,8 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
         rng.shuffle(possible)
         possible.sort(key=lambda q: missing[q.kind, q.evidence.size])
         possible = list({q.kind: q for q in possible}.values())
-        add_questions(policy, held, scene, possible)
+        if possible:
+            add_questions(policy, held, scene, possible)
         for q in possible:
             missing[q.kind, q.evidence.size] -= 1
     return held
@@ -108,11 +109,12 @@ def add_questions(policy: Policy, held: HeldOutSet, scene: Scene, questions: lis
         text = prompt_text(policy.processor.family, "string", question=question.text)
         prompt = encode(policy.processor, text, full_image)
         full_image = prompt.images[0]  # processed once for all questions about it
-        suppressed = encode(policy.processor, text, scenes.keep_only(image, question.evidence.box))
-        compute_image_features(policy, [prompt, suppressed])
+        suppressed = scenes.keep_only(image, question.evidence.box)
         held.scene_questions.append((scene, question))
         held.question_prompts.append(prompt)
-        held.suppressed_prompts.append(suppressed)
+        held.suppressed_prompts.append(encode(policy.processor, text, suppressed))
+    new = slice(-len(questions), None)
+    compute_image_features(policy, held.question_prompts[new] + held.suppressed_prompts[new])
 
 
 # ---------------------------------------------------------------- scores of replies, and their summaries

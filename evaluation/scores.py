@@ -111,12 +111,12 @@ def summarize(before: Scores, after: Scores | None = None) -> dict[str, Any]:
 def table(before: Scores, after: Scores | None = None, rows: dict[str, str] = ROWS) -> str:
     """The scores of one model, or of two with the change and its paired standard error, in points of 100."""
     models, changes = [before, after] if after else [before], compare(before, after) if after else {}
-    lines = [f"{'held-out':34}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
+    lines = [f"{'held-out':38}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
     for title, name in rows.items():
         samples = zip(*(scores.samples.get(name, []) for scores in models), strict=True)
         if samples := [values for values in samples if None not in values]:
             numbers = "".join(f"{100 * mean(column):9.1f}" for column in zip(*samples))
             change = "{change:+10.1f} ± {standard_error:.1f}" if after else ""
             points = {key: 100 * value for key, value in changes.get(name, {}).items()}
-            lines.append(f"{title:34}{len(samples):6}{numbers}{change.format(**points)}")
+            lines.append(f"{title:38}{len(samples):6}{numbers}{change.format(**points)}")
     return "\n".join(lines)

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
 
-import numpy as np
 import torch
-from PIL import Image
 
 from data import Cue, CueConfig, encode_cue, scene_cues
 from evaluation.heldout import box_score, neighbour_fraction, object_at
@@ -60,39 +58,38 @@ def measure_twins(
         compute_image_features(policy, prompts[-1:])
 
     def choose(indices: range) -> list[list[float]]:
-        return forced_choice(policy, *([items[i] for i in indices] for items in (prompts, cues, others)))
+        return forced_choice(policy, [(prompts[i], cues[i], cues[i ^ 1]) for i in indices])
 
-    others = [cues[i ^ 1] for i in range(2 * n)]
     forced = cached_values(cache, f"{name}/forced", range(2 * n), batch, choose)  # [2n, 2 thoughts]
     limits = policy.processor.family.max_new_tokens, batch
     replies = zip(cached_generate(policy, cache, f"{name}/replies", prompts, limits), cues, strict=True)
     rows = [box_score(*reply, cue.box, cue) or {"right": 0.0, "detail": 0.0} for reply, cue in replies]
-    lists = {"right": [row["right"] for row in rows], "named_detail": [row["detail"] for row in rows]}
-    lists |= zip(("forced", "forced_described"), zip(*forced, strict=True), strict=True)
-    pairs = {key: list(zip(values[::2], values[1::2], strict=True)) for key, values in lists.items()}
-    scores = {key: [mean(pair) for pair in part] for key, part in pairs.items()}
-    swap = [float(all(pair)) for pair in pairs["right"]]
-    return scores | {"swap": swap, "size": [cue.size for cue in cues[::2]]}
+    columns = zip(*((*values, row["right"], row["detail"]) for values, row in zip(forced, rows, strict=True)))
+    pairs = [list(zip(column[::2], column[1::2], strict=True)) for column in columns]  # 4 × [n, 2 crops]
+    names = ("forced", "forced_described", "right", "named_detail")
+    lists = {name: [mean(pair) for pair in column] for name, column in zip(names, pairs, strict=True)}
+    return lists | {"swap": [float(all(pair)) for pair in pairs[2]], "size": [cue.size for cue in cues[::2]]}
 
 
 @torch.no_grad()
-def forced_choice(
-    policy: Policy, prompts: list[EncodedPrompt], cues: list[Cue], others: list[Cue]
-) -> list[list[float]]:
-    """1 where a cue's box is more probable than the other twin's, else 0: [prompts, 2 thoughts].
+def forced_choice(policy: Policy, items: list[tuple[EncodedPrompt, Cue, Cue]]) -> list[list[float]]:
+    """1 where a cue's box is more probable than the other twin's, else 0: [items, 2 thoughts].
 
-    The thoughts are the name and the description of the cue's target. Each is the same before both boxes, so
-    it adds the same to both log-probabilities.
+    items: the prompt of a cue, the cue, and that of the other twin. The thoughts are the name and the
+    description of the cue's target. Each is the same before both boxes, so it adds the same to both
+    log-probabilities.
     """
-    texts = []
-    for prompt, cue, other in zip(prompts, cues, others, strict=True):
-        for thought in (cue.target.name, cue.target.description):
-            answers = (prompt.frame.to_text(box) for box in (cue.box, other.box))
-            texts += [f"<think> {thought}</think><answer>{answer}</answer>" for answer in answers]
+    texts = [
+        f"<think> {thought}</think><answer>{prompt.frame.to_text(box)}</answer>"
+        for prompt, cue, other in items
+        for thought in (cue.target.name, cue.target.description)
+        for box in (cue.box, other.box)
+    ]
     kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
     tokens = policy.processor.tokenizer(texts, **kwargs).to(policy.device)
     groups = (part.unflatten(0, (-1, 4)) for part in (tokens.input_ids, tokens.attention_mask.bool()))
-    logps = token_logps(policy, collate(policy, prompts), *groups).sum(-1)  # [B, 4], from [B, 4, T]
+    batch = collate(policy, [prompt for prompt, _, _ in items])
+    logps = token_logps(policy, batch, *groups).sum(-1)  # [B, 4], from [B, 4, T]
     return (logps[:, ::2] > logps[:, 1::2]).float().tolist()
 
 
@@ -107,24 +104,25 @@ def add_twins(scores: Scores, values: dict[str, list]) -> None:
 # ---------------------------------------------------------------- a control: do the pixels tell twins apart?
 
 
-def best_matches(image: Image.Image, window: Box) -> list[Box]:
+def best_matches(cue: Cue) -> list[Box]:
     """Where a window's pixels match its image best: all boxes with the least squared difference."""
-    x1, y1, x2, y2 = window
-    pixels = torch.from_numpy(np.array(image, dtype=np.float64)).permute(2, 0, 1)  # [3, H, W]
+    (width, height), (x1, y1, x2, y2) = cue.image.size, cue.box
+    pixels = torch.frombuffer(bytearray(cue.image.tobytes()), dtype=torch.uint8).double()  # [H·W·3]
+    pixels = pixels.view(height, width, 3).permute(2, 0, 1)  # [3, H, W]
     patch = pixels[:, y1:y2, x1:x2]  # [3, h, w]
     # Σ (image − patch)² = Σ image² · 1 − 2 Σ image · patch + Σ patch²; the last is the same everywhere.
     terms, kernels = torch.cat([pixels**2, pixels]), torch.cat([torch.ones_like(patch), -2 * patch])
-    spectrum = torch.fft.rfft2(terms) * torch.fft.rfft2(kernels, s=pixels.shape[1:]).conj()  # [6, H, W/2 + 1]
-    distance = torch.fft.irfft2(spectrum, s=pixels.shape[1:]).sum(0)  # [H, W]
-    distance = distance[: image.height - (y2 - y1) + 1, : image.width - (x2 - x1) + 1]  # inside the image
+    spectrum = torch.fft.rfft2(terms) * torch.fft.rfft2(kernels, s=(height, width)).conj()  # [6, H, W/2 + 1]
+    distance = torch.fft.irfft2(spectrum, s=(height, width)).sum(0)  # [H, W]
+    distance = distance[: height - (y2 - y1) + 1, : width - (x2 - x1) + 1]  # inside the image
     matches = (distance <= distance.min() + 0.5).nonzero()  # [matches, 2]
     return [(x, y, x + x2 - x1, y + y2 - y1) for y, x in matches.tolist()]
 
 
 def match_twins(n: int, seed: int) -> float:
     """The share of n pairs for which the best matches of both windows are at the right twin."""
-    matches = (
-        [(box, cue) for cue in pair for box in best_matches(cue.image, cue.box)]
-        for pair in islice(twin_pairs(seed), n)
-    )
-    return mean(all(object_at(cue.scene, box) == cue.target for box, cue in pair) for pair in matches)
+
+    def finds(cue: Cue) -> bool:
+        return all(object_at(cue.scene, box) == cue.target for box in best_matches(cue))
+
+    return mean(finds(first) and finds(second) for first, second in islice(twin_pairs(seed), n))

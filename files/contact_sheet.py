@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 
 def contact_sheet(cues: Any, n: int) -> Image.Image:
-    """Cues 0 to n − 1, three a row: the image with its window, what to find (crop or text), the size class."""
+    """Cues 0 to n − 1, three a row: the image with its window, what to find (crop or text), size class."""
     sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
     for i in range(n):
         cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10

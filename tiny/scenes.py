@@ -1,7 +1,7 @@
 """The embedded world: small images of coloured shapes, and questions with known answers and evidence.
 
-A scene is 256 × 256 pixels: a plain, dim background with faint rectangles, and 1 to 12 objects. An object is a
-coloured shape with a core of another colour: its name ("red star") does not say the core, its description
+A scene is 256 × 256 pixels: a plain, dim background with faint rectangles, and 1 to 12 objects. An object is
+a coloured shape with a core of another colour: its name ("red star") does not say the core, its description
 ("red star with blue inside") does.
 
 What differs from a typical synthetic data set:

@@ -120,7 +120,7 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}
     write_json(folder / "results.json", results)
     print(table(before, after))
-    print("baselines (IoU): " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
+    print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
     print(f"{seconds['all']:.0f} seconds; adapter, results.json and images are in {folder}. Next:")
     print(*eval_commands(folder), sep="\n")
 
