@@ -57,7 +57,7 @@ def row_table(base: str, rows: dict[str, dict], notes: dict[str, dict]) -> str:
     for name, row in rows.items():
         cells = [figure(row[key], 3 if key == "kl_all" else 1) for key in COLUMNS.values()]
         lines.append([name, notes[name]["note"], *cells])
-    return f"### Base {base}\n\n" + table(["row", "what its steps get", *COLUMNS], lines)
+    return f"### Base {base}\n\n{table(['row', 'what its steps get', *COLUMNS], lines)}"
 
 
 def attempt_table(attempts: list[dict[str, Any]]) -> str:
@@ -77,7 +77,7 @@ def markdown(results: dict[str, Any], full_steps: int) -> str:
     rows, protocol, claims = results["rows"], results["protocol"], results["claims"]
     changes = [f"change on base {base} (95 %)" for base in rows]
     header = table(["claim", *changes, "p (Holm)", "KL of both rows", "verdict", "paper"], [])
-    steps = f"{protocol['steps']} steps a row instead of {full_steps}"
+    steps = f"{protocol['steps']} steps a row, not {full_steps}"
     notice = f"**This run is too short to mean anything ({steps}): its figures and verdicts are noise.**\n\n"
     fields = results | dict(zip(("twin_sentences", "twin_table"), twin_text(results["twins"])))
     fields |= {"rules": "\n".join(f"- {rule}" for rule in protocol["rules"])}
@@ -98,19 +98,18 @@ def draw_rows(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(reversed(results["protocol"]["rows"]))
-    heights = range(len(names))
-    canvas = Figure(figsize=(10, 0.3 * len(names) + 1), layout="constrained")
-    columns = canvas.subplots(1, len(KINDS), sharey=True)
+    columns = Figure((10, 6), layout="constrained").subplots(1, len(KINDS), sharey=True)
     for column, kind in zip(columns, KINDS, strict=True):
-        column.set(title=f"{kind}, tiny objects", xlabel="change, points", yticks=heights, yticklabels=names)
+        column.set(title=f"{kind}, tiny objects", xlabel="change, points", yticks=range(len(names)))
+        column.set_yticklabels(names)
         column.axvline(0, color="k", linestyle=":")
         for marker, (base, rows) in zip("o^", results["rows"].items()):
             means = {name: mean(row[f"questions_{kind}_tiny"]) for name, row in rows.items()}
             changes = [means[name] - means[BASE] for name in names]
-            column.plot(changes, heights, f"k{marker}", fillstyle="none", label=f"base {base}")
+            column.plot(changes, range(len(names)), f"k{marker}", fillstyle="none", label=f"base {base}")
     columns[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110)
+    columns[0].figure.savefig(path, dpi=110)
 
 
 def write(folder: Path) -> None:
