@@ -142,17 +142,16 @@ class Cues:
 def scene_cues(
     cfg: CueConfig, split: str, seed: int, num_objects: tuple[int, int] = (8, 12), twins: bool | None = None
 ) -> Cues:
-    """Cues from the embedded world, half of them of one of two twins (twins: all of them, or none).
+    """Cues from the embedded world: half of them, with `twins` all or none of them, show one of two twins.
 
     A tiny window is drawn for a tiny object and a small one for a small object: a small window that shows a
     tiny object enlarged would teach the model to overlook what is small.
     """
 
     def draw(rng: random.Random, size: str, cfg: CueConfig) -> Cue | None:
-        side, count = scenes.SIDE, rng.randint(*num_objects)
-        with_twins = count > 1 and (rng.random() < 0.5 if twins is None else twins)
-        scene = scenes.draw_layout(rng, count, with_twins)
-        target = rng.choice([o for o in scene.objects if scene.is_unique(o) != with_twins])
+        side, scene = scenes.SIDE, scenes.draw_layout(rng, rng.randint(*num_objects), twins)
+        # Where there are twins, the crop is of one of them: their name is not enough to find it.
+        target = rng.choice([o for o in scene.objects if not scene.is_unique(o)] or scene.objects)
         if cfg.source in ("object", "text"):
             box = sample_cue_box(rng, target.box, side, side, cfg) if target.size == size else None
         else:
@@ -160,7 +159,7 @@ def scene_cues(
         if box is None or size_class(box, side, side) != size:
             return None
         # A crop of plain background could be from anywhere; COCO's random crops have texture.
-        if cfg.source == "random" and max(scenes.visible_fraction(o.box, box) for o in scene.objects) < 0.05:
+        if max(scenes.visible_fraction(o.box, box) for o in scene.objects) < 0.05:
             return None
         target = None if cfg.source == "random" else target
         return Cue(scenes.render(scene), box, size, target and target.name, scene, target)

@@ -70,10 +70,10 @@ if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer bef
         read_flags()
 
 from data import CueConfig, open_cues, scene_cues
-from evaluation import attention
+from evaluation import attention, twins
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
 from evaluation.scores import ROWS as HELDOUT_ROWS
-from evaluation.scores import Scores, compare, paired, table
+from evaluation.scores import Scores, kind_rows, paired, summarize, table
 from evaluation.session import Session, open_session
 from files.disk import write_json
 from files.pictures import UnusableImage, load_image
@@ -83,49 +83,54 @@ from tiny.scenes import keep_only, render
 from training.pictures import draw_cues, draw_heat_maps
 
 ROWS = {"right, direct prompt": "direct", "right, think prompt": "think", "right, rest black": "black"}
-ROWS |= HELDOUT_ROWS | attention.ROWS  # table label: key in Scores.samples
+ROWS |= HELDOUT_ROWS | kind_rows("  {} of {} objects, rest black", "suppressed")
+ROWS |= attention.ROWS | twins.ROWS  # table label: key in Scores.samples
 
 
-def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) -> tuple[list, dict]:
-    """Each model's scores on held-out cues, and their summaries; add_more(name, scores, base) adds to it."""
-    model_scores, results, (longest, batch) = [], {}, session.generation_limits()
+def evaluate_models(session: Session, held: HeldOutSet, add_more: Any = None) -> list[Scores]:
+    """Each model's scores on held-out cues; add_more(name, scores, base) adds to them."""
+    model_scores, (longest, batch) = [], session.generation_limits()
     for name in session.each_model():
         model_scores.append(evaluate(session.policy, held, longest, name, session.cache, batch))
         if add_more:
             add_more(name, model_scores[-1], model_scores[0])
-        results[name] = model_scores[-1].summary
     boxes = [scores.boxes for scores in model_scores]
     draw_cues(held.cues, boxes[0], boxes[1] if len(boxes) > 1 else None, session.folder / "before_after.png")
-    return model_scores, results
+    return model_scores
 
 
-def finish(model_scores: list[Scores], results: dict[str, Any]) -> dict[str, Any]:
+def finish(model_scores: list[Scores], more_results: dict[str, Any]) -> dict[str, Any]:
     """Prints the table; returns the results, for two models with the change of every list of samples."""
     print(table(*model_scores, rows=ROWS))
-    return results | ({"change": compare(*model_scores)} if len(model_scores) > 1 else {})
+    return summarize(*model_scores) | more_results
 
 
 # ---------------------------------------------------------------- the embedded world
 
 
 def scenes_task(session: Session) -> dict[str, Any]:
-    """Cue search, finding, questions, context suppression, grounding and attention on scenes."""
-    policy, processor = session.policy, session.policy.processor
-    cues = scene_cues(CueConfig(), "heldout", session.args.seed)
-    held = build_heldout_set(policy, cues, session.args.n or 1000)
-    generation_limits = session.generation_limits()
+    """Cue search, finding, questions, context suppression, grounding, attention and twins, on scenes."""
+    policy, n, seed = session.policy, session.args.n or 1000, session.args.seed
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", seed), n)
+    longest, batch = session.generation_limits()
 
     def analyse(name: str, scores: Scores, base: Scores) -> None:
-        attention.analyse_questions(policy, held, scores, base, session.cache, name, generation_limits)
+        attention.analyse_questions(policy, held, scores, base, session.cache, name, (longest, batch))
+        twins.add_twins(scores, twins.measure_twins(policy, n, seed, batch, session.cache, f"{name}/twins"))
 
-    model_scores, results = evaluate_models(session, held, analyse)
-    scenes, questions = zip(*held.scene_questions[:4])
-    titles, boxes = [question.text for question in questions], [[question.box] for question in questions]
-    prompts = [attention.prefixed_questions(processor, held, 4)] * len(model_scores)
+    model_scores = evaluate_models(session, held, analyse)
+    # To show: details, whose thought does not hold the answer, and of these what every model answers right.
+    hits = enumerate(zip(*(scores.samples["questions"] for scores in model_scores), strict=True))
+    examples = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
+    scenes, questions = zip(*(held.scene_questions[i] for i in examples)) if examples else ((), ())
+    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for q in questions]
+    boxes = [[question.evidence.box] for question in questions]
+    prompts = attention.prefixed_questions(policy.processor, held)
+    prompts = [[prompts[i] for i in examples]] * len(model_scores)
     draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
-        results["baselines"] = baselines(policy, held, generation_limits[0], session.cache)
-    return finish(model_scores, results)
+        rules = baselines(policy, held, longest, session.cache)
+    return finish(model_scores, {"baselines": rules | {"twins_by_pixels": twins.match_twins(n, seed)}})
 
 
 def cues_task(session: Session) -> dict[str, Any]:
@@ -133,9 +138,8 @@ def cues_task(session: Session) -> dict[str, Any]:
     args = session.args
     files = {name: getattr(args, name) for name in ("annotations", "images", "exclude")}
     cues = open_cues(args.data, "heldout", 0, CueConfig(args.source), **files)
-    model_scores, results = evaluate_models(session, build_heldout_set(session.policy, cues, args.n or 500))
-    results["left_out"] = {part.what: dict(part.reasons) for part in cues.left_out}
-    return finish(model_scores, results)
+    model_scores = evaluate_models(session, build_heldout_set(session.policy, cues, args.n or 500))
+    return finish(model_scores, {"left_out": {part.what: dict(part.reasons) for part in cues.left_out}})
 
 
 def benchmark_prompt(
@@ -161,7 +165,7 @@ def benchmark_task(session: Session) -> dict[str, Any]:
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), args.n))]
     can_think = PROMPTS[session.processor.family.template]["think"]
     styles = ("direct", "think") if can_think else ("direct",)
-    model_scores, results = [], {}
+    model_scores, pairing = [], {}
     for name in session.each_model():
         model_scores.append(scores := Scores({}, {}, []))
         for style in styles:
@@ -169,16 +173,15 @@ def benchmark_task(session: Session) -> dict[str, Any]:
             add_judged(session, scores, style, f"{name}/{style}", samples, make)
         if samples[0].kind == "choice" and any(sample.boxes for sample in samples):
             add_evidence(session, name, samples, model_scores)
-        results[name] = scores.summary
     for style in styles:
         figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in model_scores)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
     if can_think and len(model_scores) > 1:  # the paper's pairing: the instruction comes with training
         base, adapted = model_scores
-        pairing = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
-        results["direct to think"] = paired(*pairing)
-    return finish(model_scores, results)
+        samples = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
+        pairing["direct to think"] = paired(*samples)
+    return finish(model_scores, pairing)
 
 
 def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, make: Callable) -> None:

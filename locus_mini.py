@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
 from evaluation.scores import mean
-from models import add_lora
 from policy import Policy, Rollout, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
@@ -259,7 +258,6 @@ class Task:
     sample: Callable = sample_completions  # (policy, batch, step, cfg) -> Rollout
     score: Callable = score  # (completions, example, cfg) -> list[Reward]
     update: Callable = update_policy  # (policy, optimizer, batch, rollouts, advantages, step, cfg) -> metrics
-    adapt: Callable = add_lora  # (policy, rank, seed) -> Policy with trainable parameters
 
 
 LOCUS = Task()
@@ -339,7 +337,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
 
 def run(flags: dict[str, Any], task: Task = LOCUS) -> None:
     """A run, new or resumed: measure the base model on held-out cues, train, measure again."""
-    experiment = open_experiment(flags, task.name, task.adapt)
+    experiment = open_experiment(flags, task.name)
     run_experiment(experiment, partial(train, task=task), task.encode)
 
 

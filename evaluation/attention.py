@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from evaluation.heldout import HeldOutSet, encode_find, predicted_box
+from evaluation.heldout import HeldOutSet, encode_find, predicted_box, question_names
 from evaluation.replies import box_of
 from evaluation.reply_cache import Reply, cached_generate, cached_values
-from evaluation.scores import Scores, mean
+from evaluation.scores import Scores, kind_rows, mean, split
 from policy import Policy, collate, group_mask, run_text
-from prompts import EncodedPrompt, Processor
+from prompts import BoxFrame, EncodedPrompt, Processor
 from reward import Box, iou
 from tiny.scenes import Question
 
 BANDS = ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")  # of predicted boxes, Fig. 2
 ROWS = {f"answers at base's {band}": band for band in BANDS}  # row of the printed table: list of samples
-ROWS |= {"found (IoU ≥ 0.5)": "found", "found but misread": "misread", "not found and wrong": "not found"}
+ROWS |= {"found (IoU ≥ 0.5)": "found"} | kind_rows("  {} of {} objects, found", "found")
+ROWS |= {"found but misread": "misread", "not found and wrong": "not found"}
 ROWS |= {"Attention-in-Box": "aib", "  by chance": "chance", "Peak-in-Box": "peak"}
+ROWS |= kind_rows("  {} of {} objects, in box", "aib")
 
 # ---------------------------------------------------------------- attention to the evidence
 
@@ -136,14 +138,19 @@ def measure_attention(
     return cached_values(cache, name, range(len(prompts)), batch, compute)
 
 
-def add_attention(scores: Scores, stats: list[dict | None]) -> None:
-    """Adds attention to a model's scores: samples and their means, also layer by layer (Fig. 4)."""
-    for name, key in (("aib", "mean_aib"), ("chance", "chance"), ("peak", "peak")):
-        scores.samples[name] = [sample and sample[key] for sample in stats]
+def attention_summary(stats: list[dict | None]) -> dict[str, Any]:
+    """Means of the stats that there are, also layer by layer (Fig. 4)."""
     measured = [sample for sample in stats if sample is not None]
     by_layer = [mean(layer) for layer in zip(*(sample["aib"] for sample in measured), strict=True)]
     means = {key: mean(sample[key] for sample in measured) for key in ("mean_aib", "peak", "chance")}
-    scores.summary["attention"] = {"n": len(measured), "aib_by_layer": by_layer} | means
+    return {"n": len(measured), "aib_by_layer": by_layer} | means
+
+
+def add_attention(scores: Scores, stats: list[dict | None]) -> None:
+    """Adds attention to a model's scores: samples and their means."""
+    for name, key in (("aib", "mean_aib"), ("chance", "chance"), ("peak", "peak")):
+        scores.samples[name] = [sample and sample[key] for sample in stats]
+    scores.summary["attention"] = attention_summary(stats)
 
 
 # ---------------------------------------------------------------- found evidence against right answers
@@ -197,32 +204,41 @@ def add_grounding(scores: Scores, ious: list, right: list, base: Scores) -> None
 # ---------------------------------------------------------------- both, on the questions about scenes
 
 
-def reply_prefix(question: Question) -> str:
-    """What the embedded model writes before the first token of its reply that depends on the evidence."""
-    color, shape = question.name.split()
-    prefixes = {"What shape": color, "What color": shape}
-    return f"<think> {prefixes.get(question.text[:10], f'{question.name}[')}"
+def reply_prefix(question: Question, frame: BoxFrame) -> str:
+    """What the embedded model writes before the first token of its answer, if its thought is right."""
+    box = frame.to_text(question.evidence.box) if question.kind == "place" else ""
+    return f"<think> {question.evidence.name}{box}</think><answer>"
 
 
-def prefixed_questions(processor: Processor, held: HeldOutSet, n: int | None = None) -> list[EncodedPrompt]:
-    """The prompts of the (first n) held-out questions, each with the beginning of its reply."""
-    pairs = list(zip(held.question_prompts, held.scene_questions, strict=True))[:n]
-    return [append_to_prompt(processor, prompt, reply_prefix(question)) for prompt, (_, question) in pairs]
+def prefixed_questions(processor: Processor, held: HeldOutSet) -> list[EncodedPrompt]:
+    """The prompts of the held-out questions, each with the beginning of a right reply."""
+    pairs = zip(held.question_prompts, held.scene_questions, strict=True)
+    return [append_to_prompt(processor, prompt, reply_prefix(q, prompt.frame)) for prompt, (_, q) in pairs]
 
 
 def analyse_questions(
     policy: Policy, held: HeldOutSet, scores: Scores, base: Scores, cache: dict, name: str, limits: tuple
 ) -> None:
-    """Adds grounding and attention of every held-out question to a model's scores.
+    """Adds grounding and attention of every held-out question to a model's scores, also by kind and size.
 
     base: those of the base model, which is analysed first. limits: the longest reply in tokens, and prompts
     per batch.
     """
-    questions = [question for _, question in held.scene_questions]
-    pairs = zip(questions, held.question_prompts, strict=True)
-    find_prompts = [encode_find(policy.processor, q.name, prompt.images[0]) for q, prompt in pairs]
-    replies = cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits)
-    ious = box_ious(replies, [question.box for question in questions])
-    add_grounding(scores, ious, scores.samples["questions"], base)
-    prompts, boxes = prefixed_questions(policy.processor, held), [[question.box] for question in questions]
-    add_attention(scores, measure_attention(policy, cache, f"{name}/looks", prompts, boxes, limits[1]))
+    questions, right = [question for _, question in held.scene_questions], scores.samples["questions"]
+    boxes, names = [q.evidence.box for q in questions], [question_names(q) for q in questions]
+    # Found by what the question itself says of the object, which is never the answer: "the red object".
+    texts = [question.text.rpartition(" the ")[2].rstrip("?") for question in questions]
+    pairs = zip(texts, held.question_prompts, strict=True)
+    find_prompts = [encode_find(policy.processor, text, prompt.images[0]) for text, prompt in pairs]
+    ious = box_ious(cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits), boxes)
+    add_grounding(scores, ious, right, base)
+    prompts = prefixed_questions(policy.processor, held)
+    stats = measure_attention(policy, cache, f"{name}/looks", prompts, [[box] for box in boxes], limits[1])
+    add_attention(scores, stats)
+    for task in ("grounding", "found", "aib", "chance", "peak"):
+        scores.add(task, scores.samples[task], names)
+    pairs = split(list(zip(ious, right, strict=True)), names)
+    by_kind = {kind: grounding_summary(*zip(*part, strict=True)) for kind, part in pairs.items()}
+    scores.summary["grounding"]["by_kind"] = by_kind
+    by_kind = {kind: attention_summary(part) for kind, part in split(stats, names).items()}
+    scores.summary["attention"]["by_kind"] = by_kind

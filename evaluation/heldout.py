@@ -1,14 +1,13 @@
 """The held-out set: what a model does on images that it was not trained on, and how its replies are scored.
 
-Four tasks on the same scenes: cue search (image and crop, what LOCUS trains), finding by text, questions on
-attributes and questions on places. The last three show an ordinary full image and no crop. Each question
-comes a second time with everything but its evidence black (context suppression, the paper's Table 1).
-On photos there is cue search alone: we do not know their objects.
+Three tasks on scenes: cue search (image and crop, what LOCUS trains), finding by text, and questions about
+the detail, the shape or the place of a tiny, small or large object. The last two show an ordinary full image
+and no crop. Each question comes a second time with everything but its evidence black (context suppression,
+the paper's Table 1). On photos there is cue search alone: we do not know their objects.
 """
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +18,16 @@ from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
 from evaluation.reply_cache import Reply, cached_generate, default_batch_size
-from evaluation.scores import Scores, mean
+from evaluation.scores import Scores, mean, paired, split
 from policy import Policy, compute_image_features
 from prompts import BoxFrame, EncodedPrompt, ProcessedImage, Processor, encode, prompt_text
 from reward import Box, answer_of, format_reward, iou, parse_box
 from tiny import scenes
 from tiny.scenes import Question, Scene, SceneObject
+
+# Key of a cue's box_score: its list of samples.
+CUE_SAMPLES = {"iou": "cue", "right": "cue_right", "parsed": "cue_parsed", "format": "cue_format"}
+CUE_SAMPLES |= {"detail": "named_detail"}
 
 
 class LazyList(Sequence):
@@ -61,44 +64,57 @@ def encode_find(processor: Processor, text: str, image: ProcessedImage) -> Encod
 
 
 def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOutSet:
-    """n held-out cues; of scenes also n prompts to find by text and 2·n questions, half of them about places.
+    """n held-out cues; of scenes also n prompts to find by text, and n / 3 questions of each kind and size.
 
-    alone: only questions whose evidence shares none of its image tokens with another object.
+    alone: only questions whose evidence shares none of its image tokens with another object. A large object
+    hardly ever has its tokens to itself, so there are none about it.
     """
     processor = policy.processor
     if cues[0].scene is None:
         photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
         return HeldOutSet(photo_cues, LazyList(partial(encode_cue, processor, source="object"), photo_cues))
     held = HeldOutSet([], [])
-    missing = {(kind, size): n // 3 for kind in scenes.KINDS for size in scenes.SIDES}
-    # A scene has at most one question of each kind, so they may need more scenes than the cues.
-    indices = takewhile(lambda index: index < n or any(missing.values()), count())
-    for index in tqdm(indices, total=n, desc="held-out samples", leave=False):
-        cue = cues[index]
-        image = cue.image
-        if index < n:
-            held.cues.append(cue)
-            held.cue_prompts.append(encode_cue(processor, cue, "object"))
-            image = held.cue_prompts[-1].images[0]  # processed once for all prompts about it
-            text = cue.text if cue.scene.is_unique(cue.target) else cue.target.description
-            held.find_prompts.append(encode_find(processor, text, image))
-        possible = [q for q in scenes.questions(cue.scene) if missing[q.kind, q.evidence.size]]
-        if alone:
-            possible = [q for q in possible if scenes.alone_in_its_cells(cue.scene, q.evidence.box)]
-        random.Random(index).shuffle(possible)
-        for q in {q.kind: q for q in possible}.values():
-            held.scene_questions.append((cue.scene, q))
-            text = prompt_text(processor.family, "string", question=q.text)
-            held.question_prompts.append(encode(processor, text, image))
-            image = held.question_prompts[-1].images[0]
-            held.suppressed_prompts.append(encode(processor, text, scenes.keep_only(cue.image, q.evidence.box)))
-            missing[q.kind, q.evidence.size] -= 1
+    for index in tqdm(range(n), desc="held-out cues", leave=False):
+        held.cues.append(cue := cues[index])
+        held.cue_prompts.append(encode_cue(processor, cue, "object"))
+        target = target_object(cue)
+        text = target.name if cue.scene.is_unique(target) else target.description
+        held.find_prompts.append(encode_find(processor, text, held.cue_prompts[-1].images[0]))
         # In fixed batches, whatever runs first: in other batches the last digits of features would differ.
-        if index % 32 == 31:
-            recent = [*held.question_prompts[-64:], *held.suppressed_prompts[-64:]]
-            compute_image_features(policy, [*held.cue_prompts[-32:], *recent])
-    compute_image_features(policy, [*held.cue_prompts, *held.question_prompts, *held.suppressed_prompts])
+        compute_image_features(policy, held.cue_prompts[-1:])
+    sizes = [size for size in scenes.SIDES if size != "large" or not alone]
+    missing = {(kind, size): -(-n // 3) for kind in scenes.KINDS for size in sizes}
+    for index in takewhile(lambda _: any(missing.values()), count()):
+        # Scenes of their own, as crowded as those of the cues: drawn ten times as fast as cues.
+        rng = random.Random(f"{cues.split}/{cues.seed}/questions/{index}")
+        scene = scenes.draw_layout(rng, len(held.cues[index % n].scene.objects))
+        possible = [q for q in scenes.questions(scene) if missing.get((q.kind, q.evidence.size))]
+        if alone:
+            possible = [q for q in possible if scenes.alone_in_its_cells(scene, q.evidence.box)]
+        # One of each kind: the last of them, which is of the size that lacks most.
+        rng.shuffle(possible)
+        possible.sort(key=lambda q: missing[q.kind, q.evidence.size])
+        possible = list({q.kind: q for q in possible}.values())
+        if possible:
+            add_questions(policy, held, scene, possible)
+        for q in possible:
+            missing[q.kind, q.evidence.size] -= 1
     return held
+
+
+def add_questions(policy: Policy, held: HeldOutSet, scene: Scene, questions: list[Question]) -> None:
+    """Adds questions about a scene: on the full image, and with everything but their evidence black."""
+    image = full_image = scenes.render(scene)
+    for question in questions:
+        text = prompt_text(policy.processor.family, "string", question=question.text)
+        prompt = encode(policy.processor, text, full_image)
+        full_image = prompt.images[0]  # processed once for all questions about it
+        suppressed = scenes.keep_only(image, question.evidence.box)
+        held.scene_questions.append((scene, question))
+        held.question_prompts.append(prompt)
+        held.suppressed_prompts.append(encode(policy.processor, text, suppressed))
+    new = slice(-len(questions), None)
+    compute_image_features(policy, held.question_prompts[new] + held.suppressed_prompts[new])
 
 
 # ---------------------------------------------------------------- scores of replies, and their summaries
@@ -116,6 +132,12 @@ def target_object(cue: Cue) -> SceneObject:
     return cue.target or max(cue.scene.objects, key=lambda o: scenes.visible_area(o.box, cue.box))
 
 
+def neighbour_fraction(cue: Cue) -> float:
+    """How much of another object than its target a scene's cue window shows: the largest share of its box."""
+    others = [o for o in cue.scene.objects if o != target_object(cue)]
+    return max((scenes.visible_fraction(o.box, cue.box) for o in others), default=0.0)
+
+
 def predicted_box(text: str | None, frame: BoxFrame, parse: Callable = parse_box) -> Box | None:
     """The box of a reply in pixels of the full image; None where it has no valid box, or no text."""
     box = parse(text or "")
@@ -125,16 +147,18 @@ def predicted_box(text: str | None, frame: BoxFrame, parse: Callable = parse_box
 def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dict[str, float] | None:
     """Scores of a reply that should give a box; true_box: in pixels of the full image.
 
-    Its IoU, whether it parses, its format reward, and whether the object that it overlaps most is the right
-    one, the cue's target. None where memory ran out.
+    Its IoU, whether it parses, its format reward; on scenes also whether the object nearest to its middle is
+    the cue's target, and whether the thought names a detail: what is inside. None where memory ran out.
     """
     if text is None:
         return None
     box = predicted_box(text, frame)
     score = {"iou": iou(box, true_box) if box else 0.0, "parsed": float(box is not None)}
-    found = object_at(cue.scene, box) if box and cue.scene else None
-    right = found is not None and found == target_object(cue)
-    return score | {"format": format_reward(text), "right": float(right)}
+    score |= {"format": format_reward(text), "right": None, "detail": None}
+    if cue.scene:
+        score["right"] = float(box is not None and object_at(cue.scene, box) == target_object(cue))
+        score["detail"] = float(" inside" in text.partition("</think>")[0])
+    return score
 
 
 def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
@@ -143,7 +167,7 @@ def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
     summary = {"mean_iou": mean(row["iou"] for row in rows)}
     summary["mean_iou_parsed"] = mean(row["iou"] for row in rows if row["parsed"])
     summary |= {f"acc{percent}": mean(row["iou"] >= percent / 100 for row in rows) for percent in (50, 75)}
-    names = {"right_object": "right", "parse_rate": "parsed", "format": "format"}
+    names = {"right_object": "right", "parse_rate": "parsed", "format": "format", "named_detail": "detail"}
     summary |= {key: mean(row[name] for row in rows) for key, name in names.items()} | {"n": len(rows)}
     return summary | ({"errors": num_rows - len(rows)} if len(rows) < num_rows else {})
 
@@ -154,20 +178,28 @@ def is_right(text: str | None, question: Question) -> float | None:
 
 
 def question_names(question: Question) -> tuple[str, str]:
-    """The parts that a question counts in: its kind, and its kind with the size of its evidence."""
+    """What a question counts under: its kind, and its kind with the size of its object."""
     return question.kind, f"{question.kind}_{question.evidence.size}"
 
 
 def question_summary(right: list[float | None], scene_questions: list[tuple[Scene, Question]]) -> dict:
-    """Accuracy over all questions, by their kind and the size of their evidence, by number of objects."""
-    by_kind, by_objects = defaultdict(list), defaultdict(list)
-    for hit, (scene, question) in zip(right, scene_questions, strict=True):
-        by_objects[str(len(scene.objects))].append(hit)
-        for name in question_names(question):
-            by_kind[name].append(hit)
-    parts = {name: {"accuracy": mean(hits), "n": len(hits)} for name, hits in sorted(by_kind.items())}
-    counts = {name: mean(hits) for name, hits in sorted(by_objects.items())}
-    return {"accuracy": mean(right), "n": len(right), "by_kind": parts, "by_objects": counts}
+    """Accuracy over all questions; by their kind, also with the size of its object; and where it falls.
+
+    That is by number of objects in a scene, by size, and by number of image tokens that the object touches.
+    """
+    summary = {"accuracy": mean(right), "n": len(right), "by_kind": {}}
+    for name, hits in split(right, [question_names(q) for _, q in scene_questions]).items():
+        part = paired([0.0] * len(hits), hits)  # the change from 0 is the mean itself
+        summary["by_kind"][name] = {"accuracy": part.pop("change")} | part
+    columns = {
+        "objects": [len(scene.objects) for scene, _ in scene_questions],
+        "size": [question.evidence.size for _, question in scene_questions],
+        "tokens": [scenes.num_cells(question.evidence.box) for _, question in scene_questions],
+    }
+    for key, column in columns.items():
+        parts = split(right, ([value] for value in column))
+        summary[f"by_{key}"] = {str(value): mean(parts[value]) for value in sorted(parts)}
+    return summary
 
 
 # ---------------------------------------------------------------- a model on the held-out set
@@ -187,34 +219,36 @@ def evaluate(
         return cached_generate(policy, cache, f"{name}/{task}", prompts, limits)
 
     # One access per cue: it opens a photo again.
-    cue_replies = generate("cue search", held.cue_prompts)
-    scored = [(box_score(*reply, c.box, c), c.size) for reply, c in zip(cue_replies, held.cues, strict=True)]
-    rows = [row for row, _ in scored]
-    by_size = {s: [row for row, size in scored if size == s] for s in ("tiny", "small")}
-    summary, samples = {"cue": cue_summary(rows)}, {"cue": [row and row["iou"] for row in rows]}
-    summary["cue_by_size"] = {size: cue_summary(part) for size, part in by_size.items() if part}
+    replies = generate("cue search", held.cue_prompts)
+    scored = [(box_score(*reply, c.box, c), [c.size]) for reply, c in zip(replies, held.cues, strict=True)]
+    rows, sizes = zip(*scored, strict=True)
+    by_size = {size: cue_summary(part) for size, part in split(rows, sizes).items()}
+    boxes = [predicted_box(*reply) for reply in replies]
+    scores = Scores({"cue": cue_summary(rows), "cue_by_size": by_size}, {}, boxes)
+    for key, task in CUE_SAMPLES.items():
+        scores.add(task, [row and row[key] for row in rows], sizes)
     if held.find_prompts:
         replies = zip(generate("find", held.find_prompts), held.cues, strict=True)
         rows = [box_score(*reply, target_object(cue).box, cue) for reply, cue in replies]
-        ious, right = ([row and row[key] for row in rows] for key in ("iou", "right"))
-        samples |= {"find": ious, "find_right": right}
-        summary["find"] = {"mean_iou": mean(ious), "right_object": mean(right), "n": len(rows)}
+        for key, task in (("iou", "find"), ("right", "find_right")):
+            scores.add(task, [row and row[key] for row in rows], sizes)
+        figures = cue_summary(rows)
+        scores.summary["find"] = {key: figures[key] for key in ("mean_iou", "right_object", "n")}
     for task, prompts in (("questions", held.question_prompts), ("suppressed", held.suppressed_prompts)):
         if prompts:
             replies = zip(generate(task, prompts), held.scene_questions, strict=True)
-            samples[task] = right = [is_right(text, question) for (text, _), (_, question) in replies]
-            summary[task] = question_summary(right, held.scene_questions)
-            for hit, (_, question) in zip(right, held.scene_questions):
-                for name in question_names(question):
-                    samples.setdefault(f"{task}_{name}", []).append(hit)
-    return Scores(summary, samples, [predicted_box(*reply) for reply in cue_replies])
+            right = [is_right(text, question) for (text, _), (_, question) in replies]
+            scores.add(task, right, [question_names(question) for _, question in held.scene_questions])
+            scores.summary[task] = question_summary(right, held.scene_questions)
+    return scores
 
 
 def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None) -> dict[str, float]:
     """Mean IoU of cue search by rules that need no visual search.
 
     The whole image as the box; a centred box of the mean cue's size; and on scenes, where the model can name
-    the crop and then find that name, those two steps.
+    the crop and then find that name, those two steps. On scenes also the share of crops named right, and of
+    windows that show more than 10 % of another object.
     """
     windows = [(*cue.image.size, cue.box) for cue in held.cues]  # one access per cue: it opens a photo again
     half = mean(math.sqrt((x2 - x1) * (y2 - y1)) for _, _, (x1, y1, x2, y2) in windows) / 2
@@ -232,5 +266,7 @@ def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None)
     found = zip(generate("named", find_prompts), held.cues, strict=True)
     rows = [box_score(*reply, cue.box, cue) for reply, cue in found]
     summary["name_then_find"] = mean(row and row["iou"] for row in rows)
-    right = (name == target_object(cue).name for name, cue in zip(names, held.cues, strict=True))
-    return summary | {"crop_named_right": mean(right)}
+    targets = [target_object(cue) for cue in held.cues]
+    right = (name in (o.name, o.description) for name, o in zip(names, targets, strict=True))
+    crowded = mean(neighbour_fraction(cue) > 0.1 for cue in held.cues)
+    return summary | {"crop_named_right": mean(right), "windows_with_another_object": crowded}

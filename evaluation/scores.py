@@ -2,21 +2,30 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from reward import Box
+from tiny.scenes import KINDS, SIDES
+
+
+def kind_rows(title: str, task: str) -> dict[str, str]:
+    """Rows of the printed table: a list of samples for every kind of question and size of its object."""
+    return {title.format(kind, size): f"{task}_{kind}_{size}" for kind in KINDS for size in SIDES}
+
 
 ROWS = {  # row of the printed table: list of samples
     "cue search (IoU)": "cue",
+    **{f"  {size} windows": f"cue_{size}" for size in SIDES},
+    "cue search, right object": "cue_right",
+    "cue search, parse rate": "cue_parsed",
+    "cue search, format": "cue_format",
+    "cue search, detail in the thought": "named_detail",
     "find by text (IoU)": "find",
     "find by text (right object)": "find_right",
     "questions": "questions",
-    **{
-        f"  {kind}, {size} objects": f"questions_{kind}_{size}"
-        for kind in ("detail", "shape", "place")
-        for size in ("tiny", "small", "large")
-    },
+    **kind_rows("  {} of {} objects", "questions"),
     "questions, rest blacked out": "suppressed",
 }
 
@@ -29,6 +38,19 @@ def mean(values: Iterable[float | None]) -> float:
     """
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else 0.0
+
+
+def split(values: Sequence, names: Iterable[Iterable[str]]) -> dict[str, list]:
+    """The values under each of their names.
+
+    >>> split([1, 0], [("place", "place_tiny"), ("place", "place_large")])
+    {'place': [1, 0], 'place_tiny': [1], 'place_large': [0]}
+    """
+    parts: dict[str, list] = {}
+    for value, names_of_value in zip(values, names, strict=True):
+        for name in names_of_value:
+            parts.setdefault(name, []).append(value)
+    return parts
 
 
 def paired(before: list[float | None], after: list[float | None], groups: list | None = None) -> dict:
@@ -59,27 +81,42 @@ class Scores:
     boxes: list[Box | None]  # the predicted box of each cue, in pixels of the full image
     groups: dict[str, list] = field(default_factory=dict)  # for `paired`, where samples are not independent
 
+    def add(self, task: str, values: Sequence, names: Iterable[Iterable[str]]) -> None:
+        """Adds a list of samples, and its part of each name as `task_name`."""
+        parts = split(values, names)
+        self.samples |= {task: list(values)} | {f"{task}_{name}": part for name, part in parts.items()}
+
 
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:
-    """The paired change of every list of samples."""
+    """The paired change of every list of samples that both have."""
     lists, groups = before.samples, before.groups
     return {name: paired(lists[name], after.samples[name], groups.get(name)) for name in lists}
+
+
+def summarize(before: Scores, after: Scores | None = None) -> dict[str, Any]:
+    """The summary of one model, or of two with every change, as in results.json.
+
+    With two models, the standard error of each kind of question is the paired one of its change.
+    """
+    if after is None:
+        return {"before": before.summary}
+    change = compare(before, after)
+    for summary in (before.summary, after.summary):
+        for task in {"questions", "suppressed"} & summary.keys():
+            for name, part in summary[task]["by_kind"].items():
+                part["standard_error"] = change[f"{task}_{name}"]["standard_error"]
+    return {"before": before.summary, "after": after.summary, "change": change}
 
 
 def table(before: Scores, after: Scores | None = None, rows: dict[str, str] = ROWS) -> str:
     """The scores of one model, or of two with the change and its paired standard error, in points of 100."""
     models, changes = [before, after] if after else [before], compare(before, after) if after else {}
-    lines = [f"{'held-out':28}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
+    lines = [f"{'held-out':38}{'n':>6}{'before':>9}" + f"{'after':>9}{'change':>16}" * bool(after)]
     for title, name in rows.items():
         samples = zip(*(scores.samples.get(name, []) for scores in models), strict=True)
         if samples := [values for values in samples if None not in values]:
             numbers = "".join(f"{100 * mean(column):9.1f}" for column in zip(*samples))
             change = "{change:+10.1f} ± {standard_error:.1f}" if after else ""
             points = {key: 100 * value for key, value in changes.get(name, {}).items()}
-            lines.append(f"{title:28}{len(samples):6}{numbers}{change.format(**points)}")
-    searched = [scores.summary["cue"] for scores in models if "cue" in scores.summary]
-    for key in ("right_object", "parse_rate", "format") if searched else ():
-        if key != "right_object" or "find" in before.summary:  # photos have no other objects to compare with
-            numbers = "".join(f"{100 * cue[key]:9.1f}" for cue in searched)
-            lines.append(f"{'cue search, ' + key.replace('_', ' '):28}{searched[0]['n']:6}{numbers}")
+            lines.append(f"{title:38}{len(samples):6}{numbers}{change.format(**points)}")
     return "\n".join(lines)

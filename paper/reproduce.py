@@ -1,188 +1,201 @@
-"""The paper's tables and figures in miniature, and the controls that the paper does not have, in one command.
+"""Every row of protocol.json, in one command: trains it, measures it, and writes RESULTS.md.
 
-    python -m paper.reproduce            every row, two at a time (1.5 hours on 2 cores), into paper/
-    python -m paper.reproduce --quick    the same in 3 minutes, too short to mean anything, into runs/quick/
+    python -m paper.reproduce --base-b FOLDER    all rows on both bases (4 hours on 2 cores), into paper/
+    python -m paper.reproduce --quick            the same in minutes, too short to mean anything: runs/quick/
 
-A row is one training run with one seed and the scores of its model: a folder of its own, on one thread. A row
-that has a row.json is complete and is not run again: delete that file after a change to the row. After a
-stop, the same command continues.
-
-The rule, written down before the run: settings were chosen on the held-out scenes of seed 0. Everything here
-is measured on those of HELDOUT_SEED and with the training seeds SEEDS, and nothing was chosen on either.
-A claim has the *same direction* if the paired 95 % interval of its change excludes 0 and all seeds share the
-sign, the *opposite direction* if that holds the other way round, and otherwise there is *no difference*.
+Base A is tiny/model, base B is what `python -m tiny.build --out FOLDER --seed 1` makes; protocol.json names
+both by the SHA-256 of their weights. A row is one training run with one seed on one base, on one thread. Its
+answers are kept in samples/, and a row that has them is not run again. After a stop, the same command
+continues.
 """
 
+import gzip
 import json
 import os
-import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data import CueConfig, open_cues, scene_cues
-from evaluation.attention import analyse_questions
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
-from files.disk import fingerprint, write_json
-from files.errors import FlagParser, UserError, exit_on_error
-from locus_mini import apply_gradients, learning_rate, train
-from models import load_policy
-from paper import report
-from paper.claims import collect, read_json
+from evaluation.scores import mean
+from evaluation.twins import add_twins, measure_twins
+from files.disk import write_json
+from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from locus_mini import train
+from models import add_lora, load_policy
+from paper import report, verdicts
 from paper.variants import VARIANTS, variant_flags
-from policy import Policy
-from tiny.build import OBJECT_COUNTS, Build
-from training.run_folder import lock_run_folder, require_same_settings, weight_samples
-from training.settings import Config, resolve
+from policy import Policy, collate, rollout, run_text
+from prompts import EncodedPrompt
+from tiny.scenes import SIDES
+from training.run_folder import lock_run_folder, versions
+from training.settings import resolve
 
-HELDOUT_SEED = 2026  # of the scenes that everything is measured on
-SEEDS = (11, 12, 13)  # of training
-ROWS_OF_EVERY_SEED: dict[str, dict[str, Any]] = {  # row: a variant, and flags of locus_mini.py
-    "LOCUS": {},
-    "random rewards": {"variant": "random"},
-    "format reward only": {"alpha": 1.0},
-    "shuffled target": {"variant": "shuffled"},
-    "more pretraining": {},
-    "SFT": {"variant": "sft"},
-    "SFT on the best of G": {"variant": "best"},
-    "GRPO on the questions": {"variant": "questions"},
-    "text cue": {"source": "text"},
-    "random crop": {"source": "random"},
-    "large crops": {"source": "large"},
-    **{f"tiny:small {tiny}:{100 - tiny}": {"tiny_ratio": tiny / 100} for tiny in (100, 60, 80, 90)},
-}
-ROWS_OF_FIRST_SEED: dict[str, dict[str, Any]] = {
-    "more pretraining, 1 to 4 things": {},
-    **{f"KL {kl:g}": {"beta": kl} for kl in (0.0, 0.01, 0.16)},
-    **{f"G = {group}": {"num_generations": group} for group in (2, 4, 16)},
-    **{f"LoRA rank {rank}": {"lora_rank": rank} for rank in (4, 64)},
-    "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
-    "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
-}
-FLAGS = {"base": {}} | ROWS_OF_EVERY_SEED | ROWS_OF_FIRST_SEED
-# Rows that continue the base's pretraining instead, and the stage of tiny/build.py whose scenes they see.
-PRETRAINING = {"more pretraining": "few things", "more pretraining, 1 to 4 things": "language"}
-ANALYSED_ROWS = ("base", "LOCUS", "text cue", "large crops")  # with attention and grounding: Figs. 2 and 4
-BATCH = 128  # prompts at a time
+RUNS = verdicts.HERE.parent / "runs"
+KL_PROMPTS = 100  # of each task, on which the KL of a row is measured
 
-# Every (row, seed). The rows that the claims need come first, seed by seed.
-PLAN = [("base", SEEDS[0]), *((name, seed) for seed in SEEDS for name in ROWS_OF_EVERY_SEED)]
-PLAN += [(name, SEEDS[0]) for name in ROWS_OF_FIRST_SEED]
+# ---------------------------------------------------------------- the KL of a row
+
+
+@torch.no_grad()
+def realised_kl(policy: Policy, prompts: list[EncodedPrompt], max_new_tokens: int) -> float:
+    """Mean over tokens of KL(π ‖ π_ref) = Σ_v π(v) · log(π(v) / π_ref(v)), exact over the vocabulary.
+
+    On completions that the reference samples with a fixed seed: the same for every row on a base.
+    """
+    batch, generator = collate(policy, prompts), torch.Generator(policy.device).manual_seed(0)
+    with policy.reference():
+        completions = rollout(policy, batch, 1, max_new_tokens, generator)
+    tokens, mask = completions.tokens[:, 0], completions.mask[:, 0]  # [B, T]
+    ids = torch.cat([batch.input_ids, tokens], 1)  # [B, P + T]
+    segment_ids = torch.cat([batch.segment_ids, torch.where(mask, 1, -1)], 1)  # [B, P + T]
+    steps = torch.arange(tokens.shape[1], device=policy.device)  # [T]
+    positions = (batch.completion_start[:, None] + steps).expand(3, -1, -1)  # [3, B, T]
+    position_ids = torch.cat([batch.position_ids, positions], 2)  # [3, B, P + T]
+
+    def all_logps() -> Tensor:
+        hidden = run_text(policy, ids, segment_ids, position_ids, prompts)  # [B, P + T, H]
+        # Each token is predicted one token earlier.
+        hidden = hidden[:, batch.input_ids.shape[1] - 1 : -1][mask]  # [N, H]
+        return policy.base_model.lm_head(hidden).float()[:, policy.logit_bias == 0].log_softmax(-1)  # [N, V]
+
+    with policy.reference():
+        reference = all_logps()
+    trained = all_logps()
+    return (trained.exp() * (trained - reference)).sum(-1).mean().item()
+
 
 # ---------------------------------------------------------------- one row
 
 
-@cache
-def heldout_scenes(n: int) -> HeldOutSet:
-    """n questions of each kind and n / 2 cues, the same for every row; built once in each process."""
-    held = build_heldout_set(load_policy("tiny"), scene_cues(CueConfig(), "heldout", HELDOUT_SEED), n)
-    parts = ("cues", "cue_prompts", "find_prompts")
-    return replace(held, **{part: getattr(held, part)[: n // 2] for part in parts})
+@dataclass(frozen=True)
+class Row:
+    """A training run, and what it is measured on."""
+
+    model: str  # folder of the base
+    variant: str
+    flags: dict[str, Any]  # of locus_mini.py; 0 steps: the base itself
+    measured: dict[str, int]  # held_out (seed of the scenes), n (see build_heldout_set), twins (pairs)
+    folder: Path  # of the training run
+    out: Path  # the file of its answers
+    protocol: str = ""  # hash of the protocol, if it is of one
 
 
-def pretrain(policy: Policy, object_counts: tuple[int, ...], cfg: Config, folder: Path) -> None:
-    """As many steps of the base model's own pretraining, on scenes of these counts, through the adapter."""
-    build = Build(folder / "more", 0, cfg.seed)
-    build.model = policy.base_model
-    build.draw_examples(object_counts, max(100, cfg.steps * cfg.prompts // 100 * 100))
-    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable_params, weight_decay=cfg.weight_decay)
-    for step in range(cfg.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        loss, _ = build.turns_loss(random.Random(f"{cfg.seed}/{step}"), step, crop_share=1 / 3)
-        optimizer.zero_grad()
-        loss.backward()
-        apply_gradients(optimizer, 1.0, cfg.max_grad_norm, finite=True)
+@lru_cache(maxsize=1)  # a process measures the rows on one base after the other
+def heldout_scenes(model: str, seed: int, n: int) -> HeldOutSet:
+    """The same prompts for every row on a base."""
+    return build_heldout_set(load_policy(model), scene_cues(CueConfig(), "heldout", seed), n)
 
 
-def run_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
-    """Trains and measures one row and writes its row.json; returns its accuracy on questions.
+def run_row(row: Row) -> dict[str, Any]:
+    """Trains and measures a row, unless its file has the answers already; returns the content of that file.
 
-    row.json: summary and samples (as in results.json), curve (rewards and KL by step), seconds.
+    samples: lists by name, kind and size: 1 or 0 for each answer, of boxes the IoU to two places. kl: to the
+    base, by task. curve: the IoU reward by step. Also seconds, versions and the protocol's hash.
     """
+    if row.out.exists():
+        return verdicts.read_row(row.out, row.protocol)
     torch.set_num_threads(1)
-    start, policy = time.monotonic(), load_policy("tiny")
-    flags = {"seed": seed, "steps": steps, "show_every": 0} | FLAGS[name]
-    variant = flags.pop("variant", "locus")
-    task = VARIANTS[variant].task
-    cfg, _ = resolve(variant_flags(variant, flags), policy.processor.family)
-    folder.mkdir(exist_ok=True)
-    if name != "base":
-        policy = task.adapt(policy, cfg.lora_rank, seed)
-    if name in PRETRAINING:
-        pretrain(policy, OBJECT_COUNTS[PRETRAINING[name]], cfg, folder)
-    elif name != "base":
-        cues = open_cues("scenes", "train", seed, CueConfig(cfg.source, cfg.tiny_ratio))
-        state = {key: str(value) for key, value in asdict(cfg).items()}
-        with lock_run_folder(folder):
-            train(policy, cues, cfg, folder, state, task)
-    # Context suppression (Table 1) is about the base alone.
-    held = heldout_scenes(n) if name == "base" else replace(heldout_scenes(n), suppressed_prompts=[])
-    scores = evaluate(policy, held, cfg.max_new_tokens)
-    if name in ANALYSED_ROWS:
-        analyse_questions(policy, held, scores, scores, {}, name, (cfg.max_new_tokens, BATCH))
-    log = folder / "metrics.jsonl"  # only of rows that locus_mini.py's loop has trained
-    lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log.exists() else []
-    curve = {key: [round(line[key], 4) for line in lines] for key in ("iou", "format", "kl")}
-    row = {"summary": scores.summary, "samples": scores.samples, "curve": curve}
-    write_json(folder / "row.json", row | {"seconds": {"all": round(time.monotonic() - start)}})
-    return scores.summary["questions"]["accuracy"]
+    start, policy, task = time.monotonic(), load_policy(row.model), VARIANTS[row.variant].task
+    cfg, _ = resolve(variant_flags(row.variant, {"show_every": 0} | row.flags), policy.processor.family)
+    policy = add_lora(policy, cfg.lora_rank, cfg.seed)
+    cues = open_cues("scenes", "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio))
+    row.folder.mkdir(parents=True, exist_ok=True)
+    state = {"task": row.variant, "protocol": row.protocol} | {k: str(v) for k, v in asdict(cfg).items()}
+    train(policy, cues, cfg, row.folder, state, task)
+    # Measure. Context suppression (Table 1) is about the base alone.
+    held_out, n, twins = (row.measured[name] for name in ("held_out", "n", "twins"))
+    held, longest = heldout_scenes(row.model, held_out, n), cfg.max_new_tokens
+    held = replace(held, suppressed_prompts=[]) if cfg.steps else held
+    scores = evaluate(policy, held, longest)
+    if twins:
+        add_twins(scores, measure_twins(policy, twins, held_out, batch=64))
+    by_size = {name: part for name, part in scores.samples.items() if name.rpartition("_")[2] in SIDES}
+    samples = {name: [round(value, 2) for value in part] for name, part in by_size.items()}
+    prompts = {"cue": held.cue_prompts, "find": held.find_prompts, "questions": held.question_prompts}
+    kl = {name: realised_kl(policy, part[:KL_PROMPTS], longest) for name, part in prompts.items()}
+    # Write it down.
+    lines = [json.loads(line) for line in (row.folder / "metrics.jsonl").open(encoding="utf-8")]
+    content = {"samples": samples, "kl": kl | {"all": mean(kl.values())}, "versions": versions()}
+    content |= {"curve": [round(line["iou"], 4) for line in lines], "protocol": row.protocol}
+    content["seconds"] = round(time.monotonic() - start)
+    row.out.parent.mkdir(parents=True, exist_ok=True)
+    new = row.out.with_suffix(".new")  # a kill leaves no half of a file
+    new.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+    new.replace(row.out)
+    return content
 
 
 # ---------------------------------------------------------------- all rows
 
 
-def folder_of(out: Path, name: str, seed: int) -> Path:
-    """A row's folder: its name, with a hyphen for every character that may be illegal, and its seed."""
-    return out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
+def rows_of(protocol: dict[str, Any], models: dict[str, str], out: Path) -> list[Row]:
+    """Every row of the protocol in the folder `out`; models: the folder of each base."""
+    rows, sha256 = [], verdicts.sha256(out / "protocol.json")
+    for base, name, seed in verdicts.plan(protocol):
+        entry, path = protocol["rows"][name], verdicts.sample_file(out, base, name, seed)
+        flags = {"seed": seed, "steps": protocol["steps"]} | entry["flags"]
+        measured = protocol["measured"] | ({} if entry.get("twins") else {"twins": 0})
+        folder = RUNS / f"rows-{sha256[:8]}" / path.name.partition(".")[0]
+        rows.append(Row(models[base], entry["variant"], flags, measured, folder, path, sha256))
+    return rows
 
 
-def run_rows(out: Path, steps: int, n: int, jobs: int, rows: list[tuple[str, int]]) -> None:
-    """Runs the rows that are not complete yet, `jobs` at a time; UserError if others have other settings."""
-    path, settings = out / "settings.json", {"steps": steps, "n": n, "held_out": HELDOUT_SEED}
-    settings["weights"] = fingerprint(weight_samples(load_policy("tiny").base_model))
-    if path.exists():
-        require_same_settings(path, read_json(path), settings)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-    missing = [row for row in rows if not (folder_of(out, *row) / "row.json").exists()]
+def run_rows(rows: list[Row], jobs: int) -> None:
+    """Runs rows, `jobs` at a time, each on one thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the rows' processes
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(out):
-        futures = {pool.submit(run_row, *row, folder_of(out, *row), steps, n): row for row in missing}
-        bar = tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", unit="row")
+    work = rows[0].folder.parent
+    work.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(work):
         try:
-            for future in as_completed(futures):
-                name, seed = futures[future]
-                bar.write(f"{name}, seed {seed}: questions {100 * future.result():.1f} %")
-                bar.update()
-        except (OSError, RuntimeError) as error:  # the latter also if a process was killed
-            raise UserError(f"Row {name}, seed {seed}: {error!r}. The same command continues.") from None
+            for row, content in zip(rows, tqdm(pool.map(run_row, rows), "rows", len(rows), unit="row")):
+                tqdm.write(f"{row.folder.name}: {content['seconds']} seconds")
+        except RuntimeError as error:  # also if a process was killed
+            raise UserError(f"A row has failed ({error!r}). The same command continues.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def open_protocol(models: dict[str, str], quick: bool) -> tuple[dict[str, Any], Path]:
+    """The protocol and the folder that holds it; UserError where a base is not the one that it names."""
+    protocol, out = verdicts.read_json(verdicts.HERE / "protocol.json"), verdicts.HERE
+    hashes = {base: verdicts.sha256(Path(model) / "model.safetensors") for base, model in models.items()}
+    if quick:
+        out = RUNS / "quick"
+        out.mkdir(parents=True, exist_ok=True)
+        protocol |= {"bases": hashes, "seeds": protocol["seeds"][:1], "steps": 4}
+        protocol["measured"] |= {"n": 18, "twins": 12}
+        write_json(out / "protocol.json", protocol)
+    if wrong := [base for base, wanted in protocol["bases"].items() if hashes.get(base) != wanted]:
+        flag = f"--base-{wrong[0].lower()} FOLDER"
+        raise UserError(f"Base {wrong[0]} has not the weights that protocol.json names: give it by {flag}.")
+    return protocol, out
+
+
 def main() -> None:
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 100 questions, runs/quick")
+    parser.add_argument("--base-a", default="tiny", help="folder of base A (default tiny/model)")
+    parser.add_argument("--base-b", help="folder of base B; --quick can do without")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
     args = parser.parse_args()
-    name, steps, n = ("quick", 8, 100) if args.quick else ("reproduce", report.FULL_STEPS, 1200)
-    rows = [(row, seed) for row, seed in PLAN if seed == SEEDS[0] or not args.quick]
-    out = report.HERE.parent / "runs" / name
     with exit_on_error():
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
-        run_rows(out, steps, n, args.jobs, rows)
-        results = out if args.quick else report.HERE
-        write_json(results / "RESULTS.json", collect({row: folder_of(out, *row) for row in rows}))
-        report.write(results)
+        given = (("A", args.base_a), ("B", args.base_b))
+        models = {base: model_folder(name) for base, name in given if name}
+        protocol, out = open_protocol(models, args.quick)
+        run_rows(rows_of(protocol, models, out), args.jobs)
+        report.write(out)
 
 
 if __name__ == "__main__":

@@ -7,31 +7,44 @@ A gain is worth its difference to what as many steps of something pointless give
 
 import random
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data import Cue
+from data import Cue, CueConfig, open_cues
 from evaluation.heldout import is_right, target_object
 from files.errors import UserError, exit_on_error
 from locus_mini import LOCUS, Example, Task, run, score, update_policy
 from policy import Policy, Rollout
 from prompts import EncodedPrompt, Processor, encode, prompt_text
-from reward import Reward, reward
+from reward import Reward, format_reward, reward
 from tiny import scenes
-from tiny.scenes import Question
 from training import run_folder
 from training.settings import Config, read_flags
 
-# ---------------------------------------------------------------- other rewards
+# ---------------------------------------------------------------- other prompts
 
 
-def question_of(cue: Cue, index: int) -> Question:
-    """A question on a cue's scene: about a place for an even index, about an attribute for an odd one."""
+def encode_description(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
+    """The text cue with a description that no other object of the scene has: `--source text` says less."""
+    text = prompt_text(processor.family, "text", text=target_object(cue).description)
+    return encode(processor, text, cue.image)
+
+
+def encode_other_crop(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
+    """LOCUS's prompt with the crop of another scene; the target stays, so the crop tells nothing about it."""
+    cues = open_cues("scenes", "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio))
+    other = cues[index + 10**9]  # no run gets that far, so it never finds this crop
+    return encode(processor, prompt_text(processor.family, "cue"), cue.image, crop=other.crop)
+
+
+def question_of(cue: Cue, index: int) -> scenes.Question:
+    """A question on a cue's scene, of each kind in turn; of another kind where the scene has none of it."""
     questions = scenes.questions(cue.scene)
-    preferred = [q for q in questions if q.kind == ("place", "attribute")[index % 2]]
+    preferred = [q for q in questions if q.kind == scenes.KINDS[index % len(scenes.KINDS)]]
     return random.Random(index).choice(preferred or questions)
 
 
@@ -41,14 +54,14 @@ def encode_question(processor: Processor, cue: Cue, index: int, cfg: Config) -> 
     return encode(processor, text, cue.image)
 
 
+# ---------------------------------------------------------------- other rewards
+
+
 def score_question(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
     """0.9 · right + 0.1 · format of the answers to a question; `iou` is 1 for a right one."""
     question = question_of(example.cue, example.index)
-    rewards = []
-    for text, scored in zip(completions, score(completions, example, cfg), strict=True):
-        right = is_right(text, question)
-        rewards.append(Reward((1 - cfg.alpha) * right + cfg.alpha * scored.format, right, scored.format))
-    return rewards
+    pairs = [(is_right(text, question), format_reward(text)) for text in completions]
+    return [Reward((1 - cfg.alpha) * right + cfg.alpha * form, right, form) for right, form in pairs]
 
 
 def score_randomly(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
@@ -87,21 +100,31 @@ def sft_loss(
     return -(weights * advantages[..., None] * logps).sum(), {"kl": zero, "clip_ratio": zero}
 
 
-def rollout_ground_truth(policy: Policy, batch: list[Example], step: int, cfg: Config) -> Rollout:
-    """What SFT imitates, in place of a rollout: for each prompt one completion, which ends in the true box.
+def rationale(example: Example, wrong_share: float) -> str:
+    """What SFT imitates as the thought, where the paper has a teacher's prose: what the crop shows.
 
-    The paper's rationale is written by a teacher; here the thought is the cue's description, or empty.
+    For a share of the cues it describes another object of the scene. A photo's is its text, if it has any.
     """
-    tokenizer, opening, rows = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
+    rng, cue = random.Random(f"rationale/{example.index}"), example.cue
+    if cue.scene is None:
+        return cue.text or ""
+    target = target_object(cue)
+    others = [o for o in cue.scene.objects if o != target]
+    return (rng.choice(others) if rng.random() < wrong_share else target).description
+
+
+def rollout_ground_truth(
+    policy: Policy, batch: list[Example], step: int, cfg: Config, wrong_share: float = 0.0
+) -> Rollout:
+    """What SFT imitates, in place of a rollout: one completion a prompt, a rationale and the true box."""
+    tokenizer, opening, texts = policy.processor.tokenizer, policy.processor.family.opening.strip(), []
     for example in batch:
-        thought = f"<think> {example.cue.text}" if example.cue.text else "<think>"
-        answer = example.prompt.frame.to_text(example.cue.box)
-        text = f"{thought}</think><answer>{answer}</answer>".removeprefix(opening)
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        rows.append(torch.tensor(ids, device=policy.device))  # [T_b]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
-    mask = torch.arange(tokens.shape[-1], device=policy.device) < lengths  # [B, 1, T]
+        thought = f"<think> {rationale(example, wrong_share)}".rstrip()
+        text = f"{thought}</think><answer>{example.prompt.frame.to_text(example.cue.box)}</answer>"
+        texts.append(text.removeprefix(opening) + tokenizer.eos_token)
+    kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+    encoded = tokenizer(texts, **kwargs).to(policy.device)
+    tokens, mask = encoded.input_ids[:, None], encoded.attention_mask.bool()[:, None]  # [B, 1, T]
     return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
 
 
@@ -114,89 +137,55 @@ def imitate_all(
     return metrics | {"rollout_gap": 0.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
 
 
-def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
-    """The best completion of each group, as groups of one; and 1 where it is better than another, [B, 1]."""
-    row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B] each
-    tensors = (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished)
-    better = (advantages.amax(1) > advantages.amin(1)).float()[:, None]  # [B, 1]
-    return Rollout(*(tensor[row, best][:, None] for tensor in tensors)), better
-
-
-def imitate_best(
-    policy: Policy, optimizer: Any, batch: list, rollouts: Rollout, advantages: Tensor, *rest: Any
-) -> dict[str, float]:
-    """The same with the best of each prompt's G completions; the others are not pushed away."""
-    best, better = best_completions(rollouts, advantages)
-    return update_policy(policy, optimizer, batch, best, better, *rest, sft_loss)
-
-
-# ---------------------------------------------------------------- all weights
-
-
-def all_weights(policy: Policy, rank: int = 0, seed: int = 0) -> Policy:
-    """The text layers' own linear maps are trained instead of an adapter; a frozen copy is the reference.
-
-    PEFT keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the embedded
-    model alone: a large one would need several times its own memory. `rank` is ignored.
-    """
-    if policy.processor.family.template != "short":
-        raise UserError("The variant all_weights is for the embedded model alone: leave out --model.")
-    from peft import LoraConfig, get_peft_model
-
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    torch.manual_seed(seed)
-    # PEFT requires a LoRA layer too: this one is never trained, so it stays 0.
-    config = LoraConfig(r=1, target_modules=r".*visual\.merger\.linear_fc2", modules_to_save=linear)
-    model = get_peft_model(policy.model, config).eval()
-    for weight in (weight for name, weight in model.named_parameters() if "lora_" in name):
-        weight.requires_grad_(False)
-    return replace(policy, model=model)
-
-
 # ---------------------------------------------------------------- the variants, and the command line
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A task in place of LOCUS's, and the settings that it fixes."""
+    """A task in place of LOCUS's."""
 
     note: str
     task: Task
-    settings: dict[str, Any] = field(default_factory=dict)
-    scenes_only: bool = False
+    scenes_only: bool = True
 
 
-SFT = Task("sft", sample=rollout_ground_truth, update=imitate_all)
+def sft(name: str, wrong_share: float = 0.0) -> Task:
+    """SFT, a share of whose rationales is wrong."""
+    return Task(name, sample=partial(rollout_ground_truth, wrong_share=wrong_share), update=imitate_all)
+
+
 QUESTIONS = Task("questions", encode=encode_question, score=score_question)
-SHUFFLED = Task("shuffled", score=score_shuffled_target)
-VARIANTS = {
-    "locus": Variant("cue search, rewarded by IoU", LOCUS),
-    "sft": Variant("imitate the true box, without a rollout (Table 4)", SFT, {"beta": 0.0}),
-    "best": Variant("imitate the best of G completions", Task("best", update=imitate_best), {"beta": 0.0}),
-    "random": Variant("a random reward", Task("random", score=score_randomly)),
-    "shuffled": Variant("the box of another object of the scene as the target", SHUFFLED, scenes_only=True),
-    "questions": Variant("questions on the full image instead of cues", QUESTIONS, scenes_only=True),
-    "all_weights": Variant(
-        "the text layers' own weights, no adapter", Task("all_weights", adapt=all_weights)
-    ),
-}
+TABLE = (
+    Variant("cue search, rewarded by IoU", LOCUS, scenes_only=False),
+    Variant("imitate a rationale and the true box (Table 4)", sft("sft"), scenes_only=False),
+    Variant("the same, a quarter of the rationales wrong", sft("sft_quarter_wrong", 0.25)),
+    Variant("the same, half of the rationales wrong", sft("sft_half_wrong", 0.5)),
+    Variant("a random reward", Task("random", score=score_randomly), scenes_only=False),
+    Variant("another object's box as the target", Task("shuffled", score=score_shuffled_target)),
+    Variant("the crop of another scene, the same target", Task("other_crop", encode=encode_other_crop)),
+    Variant("a unique description, no crop (Table 5)", Task("description", encode=encode_description)),
+    Variant("questions on the full image, no cues", QUESTIONS),
+)
+VARIANTS = {variant.task.name: variant for variant in TABLE}
 
 
 def variant_flags(name: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a variant's run with the settings that it fixes; UserError where the two disagree."""
-    variant = VARIANTS[name]
+    """The flags of a variant's run; UserError where they make no sense.
+
+    Imitation has no KL to the reference, as in the paper.
+    """
+    variant, imitates = VARIANTS[name], VARIANTS[name].task.update is imitate_all
     if "dry_run" in flags:
         raise UserError(f"--dry-run measures LOCUS, not {name}: give it to locus_mini.py.")
-    for setting, value in variant.settings.items():
-        if flags.get(setting, value) != value:
-            raise UserError(f"{name} trains with --{setting} {value}, not {flags[setting]}: leave it out.")
+    if imitates and flags.get("beta"):
+        raise UserError(f"{name} trains with --beta 0, not {flags['beta']}: leave it out.")
     if variant.scenes_only and flags.get("data", "scenes") != "scenes":
         raise UserError(f"{name} needs scenes, not --data {flags['data']}: leave it out.")
-    return flags if "resume" in flags else flags | variant.settings
+    return flags | ({"beta": 0.0} if imitates and "resume" not in flags else {})
 
 
 def main() -> None:
-    usage = "\n".join([__doc__, *(f"    {name:12} {variant.note}" for name, variant in VARIANTS.items())])
+    usage = "\n".join([__doc__, *(f"    {name:18} {variant.note}" for name, variant in VARIANTS.items())])
     name, *flags = sys.argv[1:] or [""]
     with exit_on_error(), run_folder.sigterm_as_keyboard_interrupt():
         if name in ("-h", "--help"):

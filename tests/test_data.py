@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 from data import CueConfig, encode_cue, scene_cues
+from files.contact_sheet import contact_sheet
 from files.errors import UserError
 from prompts import FAMILIES, UNITS, Processor, box_frame, encode, prompt_text
 from reward import iou, parse_box
@@ -175,20 +176,48 @@ def test_each_source_on_scenes_draws_its_own_kind_of_window():
         for source, source_cues in cues.items():
             cue = source_cues[i]
             check_cue(cue)
-            objects = {scene_object.name: scene_object for scene_object in cue.scene.objects}
-            assert 12 <= len(objects) <= 16
+            assert 8 <= len(cue.scene.objects) <= 12
             assert (cue.size == "large") == (source == "large")
             assert cue.crop.size == (scenes.CROP_SIDE, scenes.CROP_SIDE)
             if source == "random":
-                assert cue.text is None
+                assert cue.text is None and cue.target is None
                 continue
-            object_box = objects[cue.text].box
+            assert cue.target in cue.scene.objects and cue.text == cue.target.name
+            object_box = cue.target.box
             if source == "large":
                 assert 0.1 <= area_share(cue.box, *cue.image.size) <= 0.31
                 assert cue.box[0] <= object_box[0] and cue.box[1] <= object_box[1]
                 assert cue.box[2] >= object_box[2] and cue.box[3] >= object_box[3]
             else:
-                assert iou(cue.box, object_box) > 0.5
+                assert cue.target.size == cue.size
+                scale = (cue.box[2] - cue.box[0]) / (object_box[2] - object_box[0])
+                assert scale == 1 if cue.size == "small" else scale <= 2 * 1.2 + 1 / 14
+                shown = scenes.visible_fraction(object_box, cue.box)
+                assert shown > 0.5, "most of the object is in its window"
+
+
+def test_half_of_the_cues_on_scenes_are_of_a_twin(without_rendering):
+    drawn = {twins: scene_cues(CueConfig(), "train", 0, twins=twins) for twins in (None, True, False)}
+    shares = {}
+    for twins, cues in drawn.items():
+        targets = [(cue.scene, cue.target) for cue in (cues[i] for i in range(300))]
+        shares[twins] = 1 - np.mean([scene.is_unique(target) for scene, target in targets])
+    assert (shares[True], shares[False]) == (1, 0)
+    assert abs(shares[None] - 0.5) < 3 * (0.25 / 300) ** 0.5 + 0.03  # large objects are no targets
+
+
+def test_a_text_cue_of_a_twin_is_its_bare_name_and_the_description_is_unique(without_rendering):
+    cues = scene_cues(CueConfig("text"), "train", 0, twins=True)
+    for cue in (cues[i] for i in range(20)):
+        assert sum(o.name == cue.text for o in cue.scene.objects) == 2
+        assert sum(o.description == cue.target.description for o in cue.scene.objects) == 1
+
+
+def test_crops_of_scenes_keep_their_proportions():
+    image = Image.new("RGB", (scenes.SIDE, scenes.SIDE), "white")
+    cue = data.Cue(image, (10, 10, 26, 42), "small", scene=scenes.Scene([], (0, 0, 0)))
+    columns = (np.asarray(cue.crop) == 255).all(-1).all(0)  # white from top to bottom
+    assert columns.sum() == scenes.CROP_SIDE // 2 and columns[16:48].all(), "16 × 32 pixels: half as wide"
 
 
 # ---------------------------------------------------------------- cues from COCO
@@ -519,7 +548,7 @@ def processor():
 
 def test_image_tokens_are_counted_and_marked(processor):
     cue = scene_cues(CueConfig(), "train", 0)[0]
-    for source, num_tokens in (("object", [36, 4]), ("text", [36])):
+    for source, num_tokens in (("object", [64, 4]), ("text", [64])):
         prompt = encode_cue(processor, cue, source)
         image_token_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         assert (grids(prompt).prod(-1) // 4).tolist() == num_tokens
@@ -550,7 +579,7 @@ def test_image_and_crop_have_separate_pixel_limits(size, kind, patch):
 
 
 def test_the_image_comes_before_the_crop(processor):
-    white, black = Image.new("RGB", (192, 192), "white"), Image.new("RGB", (64, 64))
+    white, black = Image.new("RGB", (256, 256), "white"), Image.new("RGB", (64, 64))
     first, second = encode(processor, "x", white, crop=black).images
     assert (first.pixel_values == 1).all() and (second.pixel_values == -1).all()
 
@@ -581,6 +610,19 @@ def test_show_writes_a_sheet_of_cues(tmp_path):
     assert (process.returncode, process.stdout.strip(), process.stderr) == (0, "sheet.png", "")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 600 and len(sheet.getcolors(1 << 24)) > 100
+
+
+def test_a_sheet_of_text_cues_shows_no_crop():
+    """Only the window of the crop is coloured, and a text cue's is drawn inside the image alone."""
+    image = Image.new("RGB", (320, 240), "gray")
+    image.paste("#12f3d4", (30, 30, 60, 60))
+    cue = data.Cue(image, (30, 30, 60, 60), "small", "cyan square")
+    painted = []
+    for source in ("object", "text"):
+        cues = data.Cues(CueConfig(source), "train", 0, lambda *_: cue)
+        beside = np.asarray(contact_sheet(cues, 1))[:, 335:]
+        painted.append((beside == (0x12, 0xF3, 0xD4)).all(-1).sum())
+    assert painted[0] > 1000 and painted[1] == 0
 
 
 def test_show_ends_with_one_sentence_on_bad_data(tmp_path):

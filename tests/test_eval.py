@@ -48,8 +48,8 @@ def vstar(tmp_path_factory) -> Path:
             q = next(q for q in scenes.questions(cue.scene) if q.kind == "place")
             cue.image.save(root / kind / f"{i}.png")
             others = [place for place in scenes.PLACES if place != q.answer]
-            x1, y1, x2, y2 = q.box
-            note = {"question": q.text, "options": [q.answer, *others], "target_object": [q.name]}
+            x1, y1, x2, y2 = q.evidence.box
+            note = {"question": q.text, "options": [q.answer, *others], "target_object": [q.evidence.name]}
             note["bbox"] = [[x1, y1, x2 - x1, y2 - y1]]
             (root / kind / f"{i}.json").write_text(json.dumps(note))
     return root
@@ -71,15 +71,24 @@ def test_scenes_give_every_row_before_and_after(adapter, tmp_path, capsys):
     assert code == 0
     printed = capsys.readouterr().out
     rows = ["cue search (IoU)", "find by text (IoU)", "questions", "questions, rest", "answers at base"]
-    for row in [*rows, "found (IoU", "found but misread", "Attention-in-Box", "Peak-in-Box"]:
+    rows += [
+        "  place of tiny objects",
+        "  shape of large objects, rest black",
+        "  detail of small objects, found",
+    ]
+    rows += ["  place of large objects, in box", "cue search, detail in the thought", "twins, forced choice"]
+    for row in [*rows, "found (IoU", "found but misread", "Attention-in-Box", "Peak-in-Box", "twins, both"]:
         (line, *_) = [line for line in printed.splitlines() if line.startswith(row)]
         assert "±" in line, row
     for side in ("before", "after"):
         grounding, attention = results[side]["grounding"], results[side]["attention"]
-        assert sum(grounding["counts"].values()) == grounding["n"] == attention["n"] == 12
-        assert sum(part["n"] for part in grounding["accuracy"].values()) == 12
-        assert len(attention["aib_by_layer"]) == 4 and 0 < attention["chance"] < attention["mean_aib"] < 1
-    assert results["change"]["aib"]["n"] == 12 and results["change"]["aib"]["change"] != 0
+        assert sum(grounding["counts"].values()) == grounding["n"] == attention["n"] == 18
+        assert sum(part["n"] for part in grounding["accuracy"].values()) == 18
+        assert len(attention["aib_by_layer"]) == 4 and 0 < attention["chance"] < 1
+        assert attention["by_kind"]["place_tiny"]["n"] == grounding["by_kind"]["detail_large"]["n"] == 2
+        assert results[side]["twins"]["n"] == 6
+    assert results["change"]["aib"]["n"] == 18 and results["change"]["aib"]["change"] != 0
+    assert results["change"]["twins_swap"]["n"] == 6 and results["baselines"]["twins_by_pixels"] == 1
     with Image.open(tmp_path / "attention.png") as image:
         assert image.width == 3 * 320, "the image, the base's map, the adapted model's map"
 
@@ -136,7 +145,7 @@ def test_settings_choose_the_folder_beside_the_adapter(adapter, vstar):
 
 def test_a_sample_too_large_for_memory_is_an_error_and_not_a_wrong_answer(vstar, tmp_path, monkeypatch):
     real = reply_cache.rollout
-    noise((192, 192), 3).save(vstar / "relative_position" / "2.png")
+    noise((256, 256), 3).save(vstar / "relative_position" / "2.png")
 
     def full(policy, batch, *rest):
         if any(image is prompt.images[0] for image in too_large for prompt in batch.prompts):
@@ -225,7 +234,7 @@ def test_cue_search_on_photos_by_size(tmp_path):
 def test_ask_about_an_image_of_ones_own(adapter, tmp_path, capsys):
     scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
     flags = ("--adapter", adapter, "--out", tmp_path / "out")
-    code, results = run("ask", tmp_path / "mine.png", "What shape is the red thing?", *flags)
+    code, results = run("ask", tmp_path / "mine.png", "What shape is the red object?", *flags)
     assert code == 0 and set(results) == {"before", "after"}
     assert f"before: {results['before']}" in capsys.readouterr().out
     assert (tmp_path / "out" / "attention.png").is_file()
@@ -242,7 +251,7 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
     monkeypatch.setattr(pictures, "attention_maps", recorded)
     scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
     flags = ("--adapter", save_adapter(tmp_path / "adapter", std=0.1), "--out", tmp_path / "out")
-    code, results = run("ask", tmp_path / "mine.png", "Where is the blue ring?", *flags)
+    code, results = run("ask", tmp_path / "mine.png", "Where is the blue circle?", *flags)
     assert code == 0
     up_to_answer = {name: reply[: reply.index("<answer>")] for name, reply in results.items()}
     assert up_to_answer["before"] != up_to_answer["after"], "equal replies would prove nothing"

@@ -49,6 +49,8 @@ def test_a_run_writes_the_files_that_the_readme_names(run):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert "self-check passed" in done.stdout and "cue search (IoU)" in done.stdout
+    for kind in scenes.KINDS:
+        assert all(f"  {kind} of {size} objects" in done.stdout for size in scenes.SIDES)
     assert "step 0: '<think>" in done.stdout + done.stderr, "no completion was shown"
     config = json.loads((folder / "config.json").read_text())
     assert config["origin"]["steps"] == "flag" and config["origin"]["lr"] == "model family"
@@ -76,12 +78,17 @@ def test_results_have_their_keys(run):
     results = json.loads((run[0] / "results.json").read_text())
     for when in ("before", "after"):
         cue = {"mean_iou", "mean_iou_parsed", "acc50", "acc75", "right_object", "parse_rate", "format", "n"}
-        assert set(results[when]["cue"]) == cue and results[when]["cue"]["n"] == 6
+        assert set(results[when]["cue"]) == cue | {"named_detail"} and results[when]["cue"]["n"] == 6
         assert set(results[when]["find"]) == {"mean_iou", "right_object", "n"}
-        for name in ("questions", "suppressed"):
-            summary = results[when][name]
-            assert set(summary) == {"accuracy", "n", "by_objects", "by_size", "by_kind"}
-            assert summary["n"] == 12 and set(summary["by_kind"]) == {"attribute", "place"}
+        for task in ("questions", "suppressed"):
+            summary = results[when][task]
+            assert set(summary) == {"accuracy", "n", "by_objects", "by_size", "by_tokens", "by_kind"}
+            assert summary["n"] == 18 and set(summary["by_size"]) == set(scenes.SIDES)
+            cells = {f"{kind}_{size}" for kind in scenes.KINDS for size in scenes.SIDES}
+            assert set(summary["by_kind"]) == {*scenes.KINDS} | cells
+            for name, part in summary["by_kind"].items():
+                error = results["change"][f"{task}_{name}"]["standard_error"]
+                assert part["n"] == (2 if name in cells else 6) and part["standard_error"] == error
     assert {"whole_image", "centre_box", "name_then_find"} <= set(results["baselines"])
     assert results["seed"] == 0 and results["settings"]["num_generations"] == 8
     assert set(results["change"]["cue"]) == {"change", "standard_error", "n"}

@@ -1,7 +1,7 @@
 """The embedded world: small images of coloured shapes, and questions with known answers and evidence.
 
-A scene is 256 × 256 pixels: a plain, dim background with faint rectangles, and 1 to 12 objects. An object is a
-coloured shape with a core of another colour: its name ("red star") does not say the core, its description
+A scene is 256 × 256 pixels: a plain, dim background with faint rectangles, and 1 to 12 objects. An object is
+a coloured shape with a core of another colour: its name ("red star") does not say the core, its description
 ("red star with blue inside") does.
 
 What differs from a typical synthetic data set:
@@ -124,7 +124,12 @@ def draw_layout(rng: random.Random, count: int, twins: bool | None = None) -> Sc
     background = tuple(rng.randint(15, 85) for _ in range(3))
     rectangles = []
     for _ in range(rng.randint(0, 5)):
-        x, y, w, h = rng.randint(-20, SIDE), rng.randint(-20, SIDE), rng.randint(15, 120), rng.randint(15, 120)
+        x, y, w, h = (
+            rng.randint(-20, SIDE),
+            rng.randint(-20, SIDE),
+            rng.randint(15, 120),
+            rng.randint(15, 120),
+        )
         rectangles.append(((x, y, x + w, y + h), tuple(max(0, c + rng.randint(-14, 14)) for c in background)))
     parts = zip(names, cores, (boxes[index] for index in range(count)))
     return Scene([SceneObject(*name, core, box) for name, core, box in parts], background, rectangles)
@@ -214,8 +219,18 @@ def questions(scene: Scene) -> list[Question]:
     return unambiguous
 
 
-def alone_in_its_cells(scene: Scene, box: Box, cell: int = CELL) -> bool:
-    """True if no other object shares an image token (a cell of 32 × 32 pixels) with the object in `box`."""
+def cells_around(box: Box) -> Box:
+    """The box, in pixels, of the image tokens (cells of 32 × 32 pixels) that an object's box touches."""
     x1, y1, x2, y2 = box
-    cells = (x1 // cell * cell, y1 // cell * cell, -(-x2 // cell) * cell, -(-y2 // cell) * cell)
-    return not any(touches(cells, other.box) for other in scene.objects if other.box != box)
+    return (x1 // CELL * CELL, y1 // CELL * CELL, -(-x2 // CELL) * CELL, -(-y2 // CELL) * CELL)
+
+
+def num_cells(box: Box) -> int:
+    """The number of image tokens that an object's box touches."""
+    x1, y1, x2, y2 = cells_around(box)
+    return (x2 - x1) * (y2 - y1) // CELL**2
+
+
+def alone_in_its_cells(scene: Scene, box: Box) -> bool:
+    """True if no other object shares an image token with the object in `box`."""
+    return not any(touches(cells_around(box), other.box) for other in scene.objects if other.box != box)

@@ -11,7 +11,7 @@ from typing import Any
 from data import CueConfig, Cues, open_cues
 from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
-from evaluation.scores import compare, table
+from evaluation.scores import summarize, table
 from files.disk import write_json
 from files.errors import exit_on_error
 from models import add_lora, enable_gradient_checkpointing, load_policy
@@ -35,10 +35,10 @@ class Experiment:
 
 
 @phase("loading")
-def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple[Policy, Config, dict]:
-    """The policy that the flags name, with trainable parameters; every setting, and where it comes from.
+def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
+    """The policy that the flags name, with an adapter; every setting, and where it comes from.
 
-    adapt: (policy, rank, seed) -> policy with trainable parameters; dtype: as for `load_policy`.
+    dtype: as for `load_policy`.
     """
     policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"), dtype)
     cfg, origin = resolve(flags, policy.processor.family)
@@ -48,10 +48,10 @@ def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple
     policy.processor.family = replace(family, image_pixels=image_limits, crop_pixels=crop_limits)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
-    return adapt(policy, cfg.lora_rank, cfg.seed), cfg, origin
+    return add_lora(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
-def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora) -> Experiment:
+def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     """Loads the model, opens the cues and the folder of a new or resumed run, and prints its settings.
 
     UserError if a resumed run has other settings or inputs now.
@@ -60,7 +60,7 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     flags = absolute_paths(flags)
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
-    policy, cfg, origin = prepare(flags, adapt)
+    policy, cfg, origin = prepare(flags)
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     # Every run measures on the same held-out cues, whatever its seed and its source of cues.
@@ -114,13 +114,13 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     # Write it down.
     training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open())
     seconds = {"training": round(training, 1), "all": round(time.monotonic() - experiment.started, 1)}
-    results = {"before": before.summary, "after": after.summary, "change": compare(before, after)}
+    results = summarize(before, after)
     results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
     parts = experiment.cues.left_out + experiment.heldout_cues.left_out
     results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}
     write_json(folder / "results.json", results)
     print(table(before, after))
-    print("baselines (IoU): " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
+    print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
     print(f"{seconds['all']:.0f} seconds; adapter, results.json and images are in {folder}. Next:")
     print(*eval_commands(folder), sep="\n")
 

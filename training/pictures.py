@@ -140,7 +140,7 @@ def draw_cues(cues: Sequence[Cue], before: list, after: list | None, path: Path,
 
 
 def draw_group(group: Any, path: Path) -> None:
-    """One group: the image with its numbered boxes; the crop; rewards and advantages, the best first."""
+    """One group: the image with its numbered boxes; what to find; rewards and advantages, the best first."""
     cue, frame, advantages = group.example.cue, group.example.prompt.frame, group.advantages
     names = ["advantage > 0" if advantage > 0 else "advantage 0 or below" for advantage in advantages]
     boxes = [box and frame.to_pixels(box) for box in map(parse_box, group.completions)]
@@ -148,6 +148,8 @@ def draw_group(group: Any, path: Path) -> None:
     named = [(names[g], boxes[g]) for g in reversed(ranked)]  # the best on top
     tile = image_block(cue.image, 2 * SIDE, [*named, ("ground truth", cue.box)])
     table = [beside([image_block(cue.crop, 96), text_block("crop to find", 220)], 0.5)]
+    if len(group.example.prompt.images) == 1:  # the model sees no crop
+        table = [text_block(f"in words, without a crop: {cue.text}", 340)]
     taken = [place_of(cue.box, cue.image.size, 2 * SIDE)]
     for number, g in enumerate(ranked, 1):
         color, ending = LINES[names[g]][0], "" if boxes[g] else ", no box"
@@ -169,8 +171,9 @@ def draw_attention(rows: Sequence[tuple], names: list[str], path: Path) -> None:
     their values are transparent.
     """
     width, heads = SIDE + 2 * MARGIN, ("image", *names)
-    note = "Red: where the model looks when it predicts its answer. All maps of a row share one scale."
-    note += " Dashed: the ground truth." if any(boxes for _, _, boxes, _ in rows) else ""
+    note = "Red: where the model looks when it predicts the first token of its answer, the mean over heads"
+    note += " and layers. All maps of a row share one scale."
+    note += " Dashed: the object that the question is about." if any(boxes for _, _, boxes, _ in rows) else ""
     swatch = image_block(Image.new("RGB", (36, 16), RED), 36)
     note = beside([swatch, text_block(note, len(heads) * width - swatch.width)], 0.5)
     blocks = [note, beside([text_block(head, width, 18) for head in heads])]

@@ -9,17 +9,22 @@ from random_models import prompts
 
 from evaluation.attention import (
     add_grounding,
+    analyse_questions,
     append_to_prompt,
     attention_in_box,
     attention_maps,
     before_answer,
     box_ious,
     grounding_summary,
+    prefixed_questions,
     touched_cells,
 )
+from evaluation.heldout import HeldOutSet, add_questions, question_names
 from evaluation.scores import Scores
 from policy import collate, group_mask
 from prompts import BoxFrame
+from tiny import scenes
+from tiny.scenes import Scene, SceneObject
 
 
 def full_maps(policy, prompt):
@@ -65,7 +70,7 @@ def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
         ("<think> red</think><answer> blue</answer>", "<think> red</think><answer> ", "b"),
         ("<think> red</think><answer>[12, 34, 56, 78]</answer>", "<think> red</think><answer>[", "1"),
         ("[12, 34, 56, 78]", "[", "1"),
-        ("blue, as the ring is", "", "b"),
+        ("blue, as the star is", "", "b"),
         ("", "", ""),
     ],
 )
@@ -125,3 +130,67 @@ def test_grounding_against_answers_by_hand():
     add_grounding(after, [1.0] * 6, [1.0] * 6, base)
     assert [len(after.samples[name]) for name in ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")] == [2, 1, 2]
     assert base.samples["misread"] == [0, 0, 0, 0, 1, None] and base.samples["not found"][:3] == [0, 1, 1]
+
+
+# ---------------------------------------------------------------- both, on the questions about a scene
+
+
+@pytest.fixture
+def held(policy) -> HeldOutSet:
+    """Every question about a scene of a tiny, a small and a large object."""
+    objects = [
+        SceneObject("red", "star", "blue", (0, 0, 16, 16)),
+        SceneObject("green", "cross", "white", (200, 0, 240, 40)),
+        SceneObject("blue", "circle", "red", (20, 130, 120, 230)),
+    ]
+    held, scene = HeldOutSet([], []), Scene(objects, (20, 30, 40))
+    add_questions(policy, held, scene, scenes.questions(scene))
+    return held
+
+
+def test_attention_is_read_at_the_first_token_of_the_answer(policy, held):
+    decode, endings = policy.processor.tokenizer.decode, set()
+    prompts = prefixed_questions(policy.processor, held)
+    items = zip(held.scene_questions, held.question_prompts, prompts, strict=True)
+    for (_, question), plain, prompt in items:
+        assert prompt.input_ids[: len(plain.input_ids)].tolist() == plain.input_ids.tolist()
+        ending = decode(prompt.input_ids[len(plain.input_ids) :])
+        box = plain.frame.to_text(question.evidence.box) if question.kind == "place" else ""
+        assert ending == f"<think> {question.evidence.name}{box}</think><answer>"
+        endings.add(ending)
+    assert len(endings) == 6, "a place has its box in the thought, and the other two kinds share one"
+
+
+def test_analyses_are_split_by_kind_and_size(policy, held, monkeypatch):
+    asked = []
+
+    def recorded(policy, cache, name, prompts, limits):
+        texts = [policy.processor.tokenizer.decode(prompt.input_ids) for prompt in prompts]
+        asked.extend(zip(texts, held.scene_questions, strict=True))
+        boxes = [q.evidence.box if q.kind == "place" else (0, 0, 16, 16) for _, q in held.scene_questions]
+        answers = [prompt.frame.to_text(box) for prompt, box in zip(prompts, boxes, strict=True)]
+        return [(f"<answer>{text}</answer>", prompt.frame) for text, prompt in zip(answers, prompts)]
+
+    monkeypatch.setattr("evaluation.attention.cached_generate", recorded)
+    right = [float(question.kind == "detail") for _, question in held.scene_questions]
+    scores = Scores({}, {"questions": right}, [])
+    analyse_questions(policy, held, scores, scores, {}, "before", (8, 4))
+    for text, (_, question) in asked:
+        assert f" {question.answer}" not in text.rpartition("<|vision_end|>")[2], "the text says the answer"
+        assert question.evidence.color in text
+    # Found: all places, and of the other kinds the tiny object, whose box is given every time.
+    cells = {name for _, question in held.scene_questions for name in question_names(question)}
+    assert len(cells) == 12
+    for name in cells:
+        is_found = name.startswith("place") or name.endswith("tiny")
+        mean_found = 1 / 3 if name in ("detail", "shape") else float(is_found)
+        samples = scores.samples[f"found_{name}"]
+        assert sum(samples) / len(samples) == pytest.approx(mean_found)
+        grounding = scores.summary["grounding"]["by_kind"][name]
+        assert grounding["right" if name.startswith("detail") else "wrong"]["n"] == grounding["n"]
+        attention = scores.summary["attention"]["by_kind"][name]
+        assert attention["n"] == len(samples) == len(scores.samples[f"aib_{name}"])
+        mean_aib = sum(scores.samples[f"aib_{name}"]) / len(samples)
+        assert attention["mean_aib"] == pytest.approx(mean_aib) and len(attention["aib_by_layer"]) == 2
+    tiny, small, large = (scores.samples[f"chance_detail_{size}"][0] for size in scenes.SIDES)
+    assert tiny <= small < large

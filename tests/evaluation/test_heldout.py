@@ -2,20 +2,22 @@
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from random_models import noise, random_policy
 
-from data import CueConfig, folder_cues, scene_cues
+from data import Cue, CueConfig, folder_cues, scene_cues
 from evaluation import heldout, reply_cache
 from evaluation.heldout import box_score, build_heldout_set, cue_summary, question_summary, target_object
-from evaluation.scores import Scores, paired, table
+from evaluation.scores import Scores, paired, summarize, table
 from files.errors import UserError
 from prompts import FAMILIES, BoxFrame
 from tiny import scenes
-from tiny.scenes import Question
+from tiny.scenes import Question, Scene, SceneObject
 from training.checks import check_frame
 
 FRAME = BoxFrame(scenes.SIDE, scenes.SIDE, 1000, 1000)
@@ -41,29 +43,79 @@ def test_box_score_tells_the_right_object_from_the_others():
     wrong = box_score(reply_with(other.box), FRAME, cue.box, cue)
     assert wrong["iou"] < 0.2 and wrong["right"] == 0 and wrong["parsed"] == 1
     no_box = box_score("<think>x</think><answer>nowhere</answer>", FRAME, cue.box, cue)
-    assert no_box == {"iou": 0, "parsed": 0, "format": 1, "right": 0}
+    assert no_box == {"iou": 0, "parsed": 0, "format": 1, "right": 0, "detail": 0}
     photo = box_score("<answer>[990, 990, 1000, 1000]</answer>", FRAME, cue.box, replace(cue, scene=None))
-    assert photo["parsed"] == 1 and photo["format"] == 0 and photo["right"] == 0
+    assert photo["parsed"] == 1 and photo["format"] == 0 and photo["right"] is photo["detail"] is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [
+        ("<think> red star with blue inside</think><answer>[1, 2, 3, 4]</answer>", 1),
+        ("<think> red star</think><answer>[1, 2, 3, 4]</answer>", 0),
+        ("<think> red star</think><answer> blue inside</answer>", 0),
+        ("", 0),
+    ],
+)
+def test_a_detail_counts_in_the_thought_alone(reply, named):
+    cue = scene_cues(CueConfig(), "heldout", 0)[3]
+    assert box_score(reply, FRAME, cue.box, cue)["detail"] == named
 
 
 def test_cue_summary_by_hand():
-    rows = [{"iou": v, "parsed": p, "format": 1.0, "right": r} for v, p, r in
+    rows = [{"iou": v, "parsed": p, "format": 1.0, "right": r, "detail": None} for v, p, r in
             [(0.8, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 0.0, 0.0), (0.2, 1.0, 0.0)]]  # fmt: skip
     got = cue_summary(rows)
     assert got["mean_iou"] == pytest.approx(0.375) and got["mean_iou_parsed"] == pytest.approx(0.5)
     assert (got["acc50"], got["acc75"], got["parse_rate"], got["n"]) == (0.5, 0.25, 0.75, 4)
 
 
-def test_question_summary_splits_by_objects_size_and_kind():
+def square(side: int, left: int = 0) -> SceneObject:
+    return SceneObject("red", "square", "blue", (left, 0, left + side, side))
+
+
+def test_question_summary_splits_by_kind_size_objects_and_tokens():
     single, many = (scenes.draw_layout(random.Random(0), n) for n in (1, 4))
-    tiny, small = (
-        Question("place", "", "", "", (0, 0, 16, 16)),
-        Question("attribute", "", "", "", (0, 0, 30, 30)),
+    tiny, tiny_on_an_edge, large = (
+        Question("place", "", "", square(16)),
+        Question("place", "", "", square(16, left=24)),
+        Question("shape", "", "", square(100)),
     )
-    got = question_summary([1.0, 0.0, 1.0], [(single, tiny), (many, tiny), (many, small)])
-    assert got["accuracy"] == pytest.approx(2 / 3) and got["n"] == 3
-    assert got["by_objects"] == {"1": 1, "4": 0.5}
-    assert got["by_size"] == {"small": 1, "tiny": 0.5} and got["by_kind"] == {"attribute": 1, "place": 0.5}
+    asked = [(single, tiny), (many, tiny), (many, tiny_on_an_edge), (many, large), (many, large)]
+    got = question_summary([1.0, 0.0, 1.0, 1.0, None], asked)
+    assert got["accuracy"] == pytest.approx(3 / 4) and got["n"] == 5
+    assert got["by_objects"] == {"1": 1, "4": pytest.approx(2 / 3)}
+    assert got["by_size"] == {"tiny": pytest.approx(2 / 3), "large": 1}
+    assert got["by_tokens"] == {"1": 0.5, "2": 1, "16": 1}
+    assert list(got["by_tokens"]) == ["1", "2", "16"], "in the order of the numbers"
+    assert set(got["by_kind"]) == {"place", "place_tiny", "shape", "shape_large"}
+    error = math.sqrt((2 * (1 / 3) ** 2 + (2 / 3) ** 2) / 2 / 3)  # of the mean of 1, 0, 1
+    for name in ("place", "place_tiny"):
+        part = {"accuracy": pytest.approx(2 / 3), "n": 3, "standard_error": pytest.approx(error)}
+        assert got["by_kind"][name] == part
+    assert got["by_kind"]["shape_large"] == {"accuracy": 1, "n": 1, "standard_error": 0}
+
+
+def asked(hits: list[float]) -> Scores:
+    """The scores of a model on questions about the place of tiny objects."""
+    question = Question("place", "", "", square(16))
+    scene_questions = [(scenes.draw_layout(random.Random(0), 1), question)] * len(hits)
+    scores = Scores({"questions": question_summary(hits, scene_questions)}, {}, [])
+    scores.add("questions", hits, [heldout.question_names(question)] * len(hits))
+    return scores
+
+
+def test_two_models_have_the_paired_standard_error_of_the_change():
+    before, after = [1.0, 0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0, 0.0]
+    alone = summarize(asked(before))
+    assert set(alone) == {"before"}
+    results = summarize(asked(before), asked(after))
+    expected = paired(before, after)["standard_error"]
+    assert results["change"]["questions_place_tiny"]["standard_error"] == expected
+    for side, accuracy in (("before", 0.6), ("after", 0.6)):
+        part = results[side]["questions"]["by_kind"]["place_tiny"]
+        assert part == {"accuracy": accuracy, "n": 5, "standard_error": expected}
+    assert alone["before"]["questions"]["by_kind"]["place_tiny"]["standard_error"] != expected
 
 
 def test_paired_standard_error_by_hand():
@@ -123,29 +175,68 @@ def test_held_out_samples_are_the_same_every_time_and_suppressed_ones_show_only_
     monkeypatch.setattr(heldout, "compute_image_features", lambda policy, prompts: None)
     cues = scene_cues(CueConfig(), "heldout", 0)
     held, again = build_heldout_set(policy, cues, 4), build_heldout_set(policy, cues, 4)
-    assert [q.text for _, q in held.scene_questions] == [q.text for _, q in again.scene_questions]
-    kinds = [q.kind for _, q in held.scene_questions]
-    assert kinds.count("place") == kinds.count("attribute") == 4
+    assert [q for _, q in held.scene_questions] == [q for _, q in again.scene_questions]
+    cells = Counter((q.kind, q.evidence.size) for _, q in held.scene_questions)
+    assert cells == {(kind, size): 2 for kind in scenes.KINDS for size in scenes.SIDES}
+    assert all(8 <= len(scene.objects) <= 12 for scene, _ in held.scene_questions), "as crowded as the cues"
     assert len(held.cues) == len(held.cue_prompts) == len(held.find_prompts) == 4
-    for item in held.question_prompts:
-        assert len(item.images) == 1, "an ordinary question has one image and no crop"
-    for full, black, (_, question) in zip(
-        held.question_prompts, held.suppressed_prompts, held.scene_questions
-    ):
+    decode = policy.processor.tokenizer.decode
+    for cue, prompt in zip(held.cues, held.find_prompts):
+        described = f"the {cue.target.name}." if cue.scene.is_unique(cue.target) else cue.target.description
+        assert described in decode(prompt.input_ids), "no name that two objects have"
+    for prompt, (scene, question) in zip(held.question_prompts, held.scene_questions):
+        assert len(prompt.images) == 1, "an ordinary question has one image and no crop"
+        assert question in scenes.questions(scene) and question.text in decode(prompt.input_ids)
+    pairs = zip(held.question_prompts, held.suppressed_prompts, held.scene_questions, strict=True)
+    for full, black, (_, question) in pairs:
         assert full.input_ids.tolist() == black.input_ids.tolist()
         lit = (black.images[0].pixel_values > -0.999).any(1).float().mean()
-        touched = math.prod((question.box[i + 2] - 1) // 16 - question.box[i] // 16 + 1 for i in (0, 1))
-        assert 0 < lit <= touched / 144 + 1e-6
+        box = question.evidence.box
+        touched = math.prod((box[i + 2] - 1) // 16 - box[i] // 16 + 1 for i in (0, 1))
+        assert 0 < lit <= touched / 256 + 1e-6
+
+
+def test_a_longer_set_starts_with_the_same_cues(policy):
+    cues = scene_cues(CueConfig(), "heldout", 0)
+    boxes = [[cue.box for cue in build_heldout_set(policy, cues, n).cues] for n in (2, 5)]
+    assert boxes[1][:2] == boxes[0]
 
 
 def test_alone_keeps_only_evidence_with_its_tokens_to_itself(policy):
-    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (16, 16)), 3, alone=True)
-    assert all(scenes.alone_in_its_cells(scene, q.box) for scene, q in held.scene_questions)
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (12, 12)), 3, alone=True)
+    assert all(scenes.alone_in_its_cells(scene, q.evidence.box) for scene, q in held.scene_questions)
+    assert {q.evidence.size for _, q in held.scene_questions} == {"tiny", "small"}
+
+
+def test_scenes_of_one_object_have_cues_and_questions(policy):
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (1, 1)), 2)
+    assert all(cue.target == cue.scene.objects[0] for cue in held.cues)
+    assert all(len(scene.objects) == 1 for scene, _ in held.scene_questions)
+
+
+def test_a_window_that_shows_a_neighbour():
+    target, other = square(16, left=100), square(20, left=120)
+    cue = Cue(Image.new("RGB", (256, 256)), (98, 0, 130, 32), "small", "red square", target=target)
+    cue.scene = Scene([target, other], (0, 0, 0))
+    assert heldout.neighbour_fraction(cue) == 0.5
+    assert heldout.neighbour_fraction(replace(cue, box=(98, 0, 120, 22))) == 0
+    cue.scene = Scene([target], (0, 0, 0))
+    assert heldout.neighbour_fraction(cue) == 0
+
+
+def test_the_object_at_a_box_is_the_nearest_one_that_it_touches():
+    left, right = square(16, left=0), square(16, left=40)
+    scene = Scene([left, right], (0, 0, 0))
+    assert heldout.object_at(scene, (2, 0, 20, 20)) == left
+    assert heldout.object_at(scene, (10, 0, 60, 16)) == right, "both are touched, the right one is nearer"
+    assert heldout.object_at(scene, (17, 0, 23, 16)) is None, "between the two"
 
 
 def scores_of(samples: list[float], boxes: list) -> Scores:
     return Scores(
-        {"cue": cue_summary([{"iou": 0, "parsed": 1, "format": 1, "right": 0}])}, {"cue": samples}, boxes
+        {"cue": cue_summary([{"iou": 0, "parsed": 1, "format": 1, "right": 0, "detail": 0}])},
+        {"cue": samples},
+        boxes,
     )
 
 
@@ -156,7 +247,7 @@ def test_the_frame_check_stops_where_the_other_frame_wins(policy, wrong):
     predicted = []
     for cue in held.cues:
         units = FRAME.to_units(cue.box)
-        if wrong:  # written in pixels of the image, 0 to 192, but read as thousandths
+        if wrong:  # written in pixels of the image, 0 to 256, but read as thousandths
             units = cue.box
         predicted.append(FRAME.to_pixels(units))
     values = [heldout.iou(box, cue.box) for box, cue in zip(predicted, held.cues)]

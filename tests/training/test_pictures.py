@@ -42,12 +42,13 @@ def completion(box) -> str:
     return f"<think>there</think><answer>[{numbers}]</answer>"
 
 
-def group_of(cue: Cue, completions: list[str]) -> SimpleNamespace:
+def group_of(cue: Cue, completions: list[str], with_crop: bool = True) -> SimpleNamespace:
     """A group whose model answers in pixels; the advantage is the difference to the mean reward."""
     frame = BoxFrame(*cue.image.size, *cue.image.size)
     rewards = [reward(text, cue.box) for text in completions]
     mean = sum(r.total for r in rewards) / len(rewards)
-    example = SimpleNamespace(cue=cue, prompt=SimpleNamespace(frame=frame))
+    images = [None] * (1 + with_crop)
+    example = SimpleNamespace(cue=cue, prompt=SimpleNamespace(frame=frame, images=images))
     advantages = [r.total - mean for r in rewards]
     return SimpleNamespace(example=example, completions=completions, rewards=rewards, advantages=advantages)
 
@@ -171,6 +172,19 @@ def test_a_group_without_any_box_or_advantage_is_drawn(tmp_path):
     assert count(opened(tmp_path / "group.png"), BLUE) == 0
 
 
+def test_a_group_of_a_text_cue_shows_no_crop(tmp_path):
+    """The model never sees it: the colour of the crop is nowhere beside the image."""
+    image = plain(192, 192)
+    image.paste("#12f3d4", (80, 80, 110, 110))
+    cue = Cue(image, (80, 80, 110, 110), "tiny", "cyan square")
+    shown = []
+    for with_crop in (True, False):
+        draw_group(group_of(cue, ["nothing"] * 3, with_crop), tmp_path / "group.png")
+        sheet = opened(tmp_path / "group.png")
+        shown.append(count(sheet, "#12f3d4", (630, 0, *sheet.size)))
+    assert shown[0] > 1000 and shown[1] == 0
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -184,7 +198,7 @@ def drawn_attention(path, rows, names) -> Image.Image:
 def test_attention_has_a_column_for_the_image_and_one_for_each_model(tmp_path, models, boxed):
     names = ["base model", "with adapter"][:models]
     rows = [
-        (f"Where is the {cue.text}?", cue.image, [cue.box] if boxed else [], [torch.rand(6, 6)] * models)
+        (f"Where is the {cue.text}?", cue.image, [cue.box] if boxed else [], [torch.rand(8, 8)] * models)
         for cue in (CUES[0], CUES[1])
     ]
     sheet = drawn_attention(tmp_path / "a.png", rows, names)
