@@ -41,7 +41,6 @@ from training.run_folder import lock_run_folder, versions
 from training.settings import resolve
 
 RUNS = verdicts.HERE.parent / "runs"
-KL_PROMPTS = 100  # of each task, on which the KL of a row is measured
 
 # ---------------------------------------------------------------- the KL of a row
 
@@ -58,9 +57,8 @@ def realised_kl(policy: Policy, prompts: list[EncodedPrompt], max_new_tokens: in
     tokens, mask = completions.tokens[:, 0], completions.mask[:, 0]  # [B, T]
     ids = torch.cat([batch.input_ids, tokens], 1)  # [B, P + T]
     segment_ids = torch.cat([batch.segment_ids, torch.where(mask, 1, -1)], 1)  # [B, P + T]
-    steps = torch.arange(tokens.shape[1], device=policy.device)  # [T]
-    positions = (batch.completion_start[:, None] + steps).expand(3, -1, -1)  # [3, B, T]
-    position_ids = torch.cat([batch.position_ids, positions], 2)  # [3, B, P + T]
+    positions = batch.completion_start[:, None] + torch.arange(mask.shape[1], device=mask.device)  # [B, T]
+    position_ids = torch.cat([batch.position_ids, positions.expand(3, -1, -1)], 2)  # [3, B, P + T]
 
     def all_logps() -> Tensor:
         hidden = run_text(policy, ids, segment_ids, position_ids, prompts)  # [B, P + T, H]
@@ -122,7 +120,7 @@ def run_row(row: Row) -> dict[str, Any]:
     by_size = {name: part for name, part in scores.samples.items() if name.rpartition("_")[2] in SIDES}
     samples = {name: [round(value, 2) for value in part] for name, part in by_size.items()}
     prompts = {"cue": held.cue_prompts, "find": held.find_prompts, "questions": held.question_prompts}
-    kl = {name: realised_kl(policy, part[:KL_PROMPTS], longest) for name, part in prompts.items()}
+    kl = {name: realised_kl(policy, part[:100], longest) for name, part in prompts.items()}
     # Write it down.
     lines = [json.loads(line) for line in (row.folder / "metrics.jsonl").open(encoding="utf-8")]
     content = {"samples": samples, "kl": kl | {"all": mean(kl.values())}, "versions": versions()}
@@ -150,14 +148,21 @@ def rows_of(protocol: dict[str, Any], models: dict[str, str], out: Path) -> list
     return rows
 
 
+def run_in_pool(row: Row) -> dict[str, Any]:
+    """`run_row` in a process of the pool, which ends at Ctrl-C: otherwise it would take the next row."""
+    try:
+        return run_row(row)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
 def run_rows(rows: list[Row], jobs: int) -> None:
     """Runs rows, `jobs` at a time, each on one thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the rows' processes
-    work = rows[0].folder.parent
-    work.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(work):
+    RUNS.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(RUNS):
         try:
-            for row, content in zip(rows, tqdm(pool.map(run_row, rows), "rows", len(rows), unit="row")):
+            for row, content in zip(rows, tqdm(pool.map(run_in_pool, rows), "rows", len(rows), unit="row")):
                 tqdm.write(f"{row.folder.name}: {content['seconds']} seconds")
         except RuntimeError as error:  # also if a process was killed
             raise UserError(f"A row has failed ({error!r}). The same command continues.") from None
@@ -175,9 +180,9 @@ def open_protocol(models: dict[str, str], quick: bool) -> tuple[dict[str, Any], 
         protocol |= {"bases": hashes, "seeds": protocol["seeds"][:1], "steps": 4}
         protocol["measured"] |= {"n": 18, "twins": 12}
         write_json(out / "protocol.json", protocol)
-    if wrong := [base for base, wanted in protocol["bases"].items() if hashes.get(base) != wanted]:
-        flag = f"--base-{wrong[0].lower()} FOLDER"
-        raise UserError(f"Base {wrong[0]} has not the weights that protocol.json names: give it by {flag}.")
+    for base, wanted in protocol["bases"].items():
+        if hashes.get(base) != wanted:
+            raise UserError(f"Base {base} is not that of protocol.json: give --base-{base.lower()} FOLDER.")
     return protocol, out
 
 
@@ -191,8 +196,7 @@ def main() -> None:
     with exit_on_error():
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
-        given = (("A", args.base_a), ("B", args.base_b))
-        models = {base: model_folder(name) for base, name in given if name}
+        models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}
         protocol, out = open_protocol(models, args.quick)
         run_rows(rows_of(protocol, models, out), args.jobs)
         report.write(out)

@@ -154,7 +154,6 @@ def sft(name: str, wrong_share: float = 0.0) -> Task:
     return Task(name, sample=partial(rollout_ground_truth, wrong_share=wrong_share), update=imitate_all)
 
 
-QUESTIONS = Task("questions", encode=encode_question, score=score_question)
 TABLE = (
     Variant("cue search, rewarded by IoU", LOCUS, scenes_only=False),
     Variant("imitate a rationale and the true box (Table 4)", sft("sft"), scenes_only=False),
@@ -164,7 +163,7 @@ TABLE = (
     Variant("another object's box as the target", Task("shuffled", score=score_shuffled_target)),
     Variant("the crop of another scene, the same target", Task("other_crop", encode=encode_other_crop)),
     Variant("a unique description, no crop (Table 5)", Task("description", encode=encode_description)),
-    Variant("questions on the full image, no cues", QUESTIONS),
+    Variant("questions, no cues", Task("questions", encode=encode_question, score=score_question)),
 )
 VARIANTS = {variant.task.name: variant for variant in TABLE}
 
