@@ -25,8 +25,8 @@ from reward import Reward
 from training.experiment import prepare
 from training.memory import LOWER, PEAKS
 from training.settings import Config, resolve
+from training.time_prediction import TEXT_TOKENS, measure_hours, time_table
 
-TEXT_TOKENS = 128  # of a prompt, roughly; the rest are image tokens
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, roughly
 
@@ -127,19 +127,26 @@ def largest_steps(policy: Policy, cfg: Config, train_step: Callable, task: Any) 
 
 
 def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
-    """Prints the peak memory by phase: predicted, and where there is a GPU measured on the largest steps."""
+    """Prints the peak memory by phase and the hours of a run: predicted, and where there is a GPU from steps.
+
+    The largest possible steps measure memory; two steps on the run's own cues then give its hours.
+    """
     if "resume" in flags:
         raise UserError("--dry-run does not read --resume: give it the flags of the run instead.")
     config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
-    predicted = predict(empty_model(config), resolve(flags, family)[0], family)
+    model, cfg = empty_model(config), resolve(flags, family)[0]
+    predicted = predict(model, cfg, family)
     try:
         if torch.cuda.is_available():
             policy, cfg, _ = prepare(flags)
-            seconds = [metrics["seconds"] for metrics in largest_steps(policy, cfg, train_step, task)]
-            print(f"seconds of the two steps, the first with warm-up: {seconds[0]:.1f}, {seconds[1]:.1f}")
+            largest_steps(policy, cfg, train_step, task)
             print(f"PyTorch reserves {torch.cuda.memory_reserved() / 1e9:.2f} GB, with memory kept for reuse")
+            # Now the memory of the largest steps is measured, and their shapes have warmed up the GPU.
+            print(f"A run on this GPU, from two steps: {measure_hours(policy, cfg, train_step, task)}")
     finally:
         print(table(predicted, PEAKS))  # after an out-of-memory error too: it has the phases before
+        peak = max(sum(parts.values()) for parts in predicted.values()) / 1e9 + CONTEXT
+        print(time_table(model, cfg, family, peak))
 
 
 def table(predicted: dict[str, dict[str, int]], measured: dict[str, int]) -> str:

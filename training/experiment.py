@@ -51,6 +51,14 @@ def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple
     return adapt(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
+def open_run_cues(cfg: Config) -> tuple[Cues, Cues, list[Path | None]]:
+    """The cues that a run trains on, those that it is measured on, and the files that they come from."""
+    files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
+    cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
+    # Every run measures on the same held-out cues, whatever its seed and its source of cues.
+    return cues, open_cues(cfg.data, "heldout", 0, CueConfig(), **files), [*files.values()]
+
+
 def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora) -> Experiment:
     """Loads the model, opens the cues and the folder of a new or resumed run, and prints its settings.
 
@@ -61,12 +69,9 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
     policy, cfg, origin = prepare(flags, adapt)
-    files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
-    cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
-    # Every run measures on the same held-out cues, whatever its seed and its source of cues.
-    heldout_cues = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
+    cues, heldout_cues, files = open_run_cues(cfg)
     folder = folder or run_folder.new_folder(cfg.out)
-    input_files = run_folder.input_files(*files.values(), Path(cfg.data))
+    input_files = run_folder.input_files(*files, Path(cfg.data))
     inputs = {"task": task} | run_folder.fingerprints(policy.base_model, input_files)
     origin = run_folder.write_config(folder, stored, cfg, origin, inputs, input_files)
     print_settings(cfg, policy.processor.family, origin)
