@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import UserError, exit_on_error
-from training.settings import Config, read_flags
+from training.settings import Config, check_torchvision, read_flags
 
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags(__doc__)
+        check_torchvision()
 
 import torch
 from torch import Tensor

@@ -48,6 +48,7 @@ def test_a_run_writes_the_files_that_the_readme_names(run):
     for name in ("config.json", "metrics.jsonl", "results.json", "before_after.png", "group.png"):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert done.stdout.startswith("device: "), "up front"
     assert "self-check passed" in done.stdout and "cue search (IoU)" in done.stdout
     assert "step 0: '<think>" in done.stdout + done.stderr, "no completion was shown"
     config = json.loads((folder / "config.json").read_text())
@@ -153,6 +154,7 @@ def test_the_printed_command_repeats_the_flags_of_the_run(tmp_path, monkeypatch)
     flags = {
         "model": str(folder / "model"),
         "load_in_4bit": False,
+        "cpu": True,
         "data": "coco",
         "annotations": annotations,
     }
@@ -169,10 +171,25 @@ def test_eval_scores_an_adapter_before_and_after(run, tmp_path):
     adapter = str(run[0] / "adapter")
     done = launch("eval.py", "scenes", "--adapter", adapter, "--n", "5", "--out", "scores", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("device: "), "up front"
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert results["before"]["cue"]["n"] == results["after"]["cue"]["n"] == 5
     assert (tmp_path / "scores" / "before_after.png").is_file()
     assert "±" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["locus_mini.py", "eval.py scenes"])
+def test_a_torchvision_of_another_torch_is_one_sentence(program, tmp_path, monkeypatch):
+    """What such a torchvision raises; without the sentence, transformers reports a missing BLOOM model."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = launch(*program.split(), "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "(operator torchvision::nms does not exist)" in done.stderr
+    assert "python -m pip uninstall torchvision" in done.stderr and not (tmp_path / "run").exists()
 
 
 def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:

@@ -133,7 +133,7 @@ def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
     config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
     predicted = predict(empty_model(config), resolve(flags, family)[0], family)
     try:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not flags.get("cpu"):
             policy, cfg, _ = prepare(flags)
             seconds = [metrics["seconds"] for metrics in largest_steps(policy, cfg, train_step, task)]
             print(f"seconds of the two steps, the first with warm-up: {seconds[0]:.1f}, {seconds[1]:.1f}")

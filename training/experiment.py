@@ -12,9 +12,10 @@ from data import CueConfig, Cues, open_cues
 from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import compare, table
+from files.checkpoints import check_device
 from files.disk import write_json
 from files.errors import exit_on_error
-from models import add_lora, enable_gradient_checkpointing, load_policy
+from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
 from training import checks, pictures, run_folder
 from training.memory import phase
@@ -40,7 +41,9 @@ def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple
 
     adapt: (policy, rank, seed) -> policy with trainable parameters; dtype: as for `load_policy`.
     """
-    policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"), dtype)
+    model, cpu = flags.get("model", "tiny"), flags.get("cpu", False)
+    check_device(model, *device_and_dtype(cpu), cpu)
+    policy = load_policy(model, flags.get("load_in_4bit"), flags.get("box_frame"), dtype, cpu)
     cfg, origin = resolve(flags, policy.processor.family)
     family = policy.processor.family
     image_limits = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
@@ -128,7 +131,7 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
 def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = ("model", "load_in_4bit", "box_frame", "data", "annotations", "images", "exclude")
+    names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
     arguments = as_arguments({"adapter": folder / "adapter"} | given)
     flags = [word for argument in arguments for word in argument.split("=", 1)]

@@ -2,6 +2,8 @@
 
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ class Config:
     lora_rank: int = setting(16, "rank of the adapter; ours", low=1)
     box_frame: str | None = setting(None, "coordinates of the model's boxes", FRAMES)
     load_in_4bit: bool | None = setting(None, "NF4 weights; default: on CUDA; ours")
+    cpu: bool = setting(False, "run on the CPU, also a large model (very slow); ours")
     seed: int = setting(0, "of cues, adapter and sampling; ours")
     kl_limit: float = setting(1.0, "warn where a step's mean KL is higher, in nats per token; ours")
     save_every: int = setting(20, "steps between checkpoints; ours", low=1)
@@ -92,6 +95,17 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
 
 
 # ---------------------------------------------------------------- settings as flags
+
+
+def check_torchvision() -> None:
+    """UserError for a torchvision of another torch: importing any model would fail with a note on BLOOM."""
+    if find_spec("torchvision"):
+        try:
+            import_module("torchvision")
+        except Exception as error:  # what a library raises that does not fit differs from version to version
+            reason, remedy = str(error).partition("\n")[0][:150], "python -m pip uninstall torchvision"
+            text = f"torchvision is of another torch ({reason}): it is not needed here, so run {remedy}."
+            raise UserError(text) from None
 
 
 def flag_of(name: str) -> str:
