@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
-from training.settings import FRAMES, SOURCES, check_torchvision
+from training.settings import FRAMES, SOURCES, prepare_torch
 
 
 def read_flags() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def read_flags() -> argparse.Namespace:
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags()
-        check_torchvision()
+        prepare_torch()
 
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention

@@ -92,15 +92,13 @@ def compute_in_halves(compute: Callable[[Sequence], list], batch: Sequence) -> I
 
     A half that is computed is not computed again. None for an item that is too large by itself.
     """
-    values = None
     with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
-        values = compute(batch)
-    if values is None:
-        torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        parts = (compute_in_halves(compute, half) for half in (batch[:middle], batch[middle:]))
-        values = chain.from_iterable(parts) if middle else [None]
-    yield from values
+        return iter(compute(batch))
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    # The second half runs once the values of the first have been taken.
+    halves = (compute_in_halves(compute, half) for half in (batch[:middle], batch[middle:]))
+    return chain.from_iterable(halves) if middle else iter([None])
 
 
 def generate_replies(
@@ -136,10 +134,9 @@ def cached_generate(
             with suppress(UnusableImage):
                 readable[i] = prompts[i]
         replies = generate_replies(policy, readable.values(), *limits)
-        for i in indices:
-            # One by one, so that the cache has the replies of a half before the other half runs.
-            text, frame = next(replies) if i in readable else (False, BoxFrame(1, 1, 1, 1))
-            yield [text, *astuple(frame)]
+        # Taken one by one, so that the cache has the replies of a half before the other half runs.
+        rows = (next(replies) if i in readable else (False, BoxFrame(1, 1, 1, 1)) for i in indices)
+        return ([text, *astuple(frame)] for text, frame in rows)
 
     rows = cached_values(cache, name, keys or range(len(prompts)), limits[1], compute)
     return [(text, BoxFrame(*frame)) for text, *frame in rows]

@@ -60,9 +60,8 @@ class Session:
 
 def open_session(args: argparse.Namespace) -> Session:
     """A run with its model and reply cache, in a folder beside the adapter; other settings get another."""
-    cpu = bool(args.cpu)
-    check_device(args.model, *device_and_dtype(cpu), cpu)
-    policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=cpu)
+    check_device(args.model, *device_and_dtype(args.cpu), args.cpu)
+    policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
     policy = load_adapter(policy, args.adapter) if args.adapter else policy
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)

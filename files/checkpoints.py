@@ -94,8 +94,7 @@ def check_device(name: str, device: torch.device, dtype: torch.dtype, cpu: bool)
     folder = Path(model_folder(name))
     is_large = not folder.is_dir() or sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
     if device.type == "cpu" and is_large and not cpu:
-        reason = "PyTorch finds no GPU with CUDA, and a model of this size is very slow on a CPU"
-        raise refusal(name, f"{reason}; give --cpu to run it there, or take --model tiny")
+        raise refusal(name, "PyTorch finds no GPU with CUDA, and a CPU is very slow; give --cpu to use it")
 
 
 def ask_hub(name: str) -> None:

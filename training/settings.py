@@ -1,9 +1,9 @@
 """Every setting of a run: its flag, its value in the paper, and where its value comes from."""
 
+import importlib.util
+import os
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,20 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
 # ---------------------------------------------------------------- settings as flags
 
 
-def check_torchvision() -> None:
-    """UserError for a torchvision of another torch: importing any model would fail with a note on BLOOM."""
-    if find_spec("torchvision"):
+def prepare_torch() -> None:
+    """What must happen before torch is imported; UserError for a torchvision of another torch.
+
+    With such a torchvision, importing any model of transformers fails with a message about BLOOM.
+    """
+    # Prompts differ in length at every step, so blocks of fixed size would leave gaps that nothing fits in.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if importlib.util.find_spec("torchvision"):
         try:
-            import_module("torchvision")
+            importlib.import_module("torchvision")
         except Exception as error:  # what a library raises that does not fit differs from version to version
-            reason, remedy = str(error).partition("\n")[0][:150], "python -m pip uninstall torchvision"
-            text = f"torchvision is of another torch ({reason}): it is not needed here, so run {remedy}."
-            raise UserError(text) from None
+            text = f"torchvision does not fit torch ({str(error)[:99]!r}), and nothing here needs it: run"
+            raise UserError(f"{text} python -m pip uninstall torchvision.") from None
 
 
 def flag_of(name: str) -> str:
