@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
-from training.settings import FRAMES, SOURCES, prepare_torch
+from training.settings import FRAMES, SOURCES, prepare_torch, read_cue_prompt
 
 
 def read_flags() -> argparse.Namespace:
@@ -43,6 +43,7 @@ def read_flags() -> argparse.Namespace:
     for name in ("annotations", "images", "exclude"):
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
+    parser.add_argument("--cue-prompt", type=read_cue_prompt, metavar="FILE", help="of cues, as for training")
     parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")

@@ -63,6 +63,7 @@ def open_session(args: argparse.Namespace) -> Session:
     check_device(args.model, *device_and_dtype(args.cpu), args.cpu)
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
     policy = load_adapter(policy, args.adapter) if args.adapter else policy
+    policy.processor.family = replace(policy.processor.family, cue_text=args.cue_prompt or "")
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.

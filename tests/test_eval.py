@@ -262,6 +262,7 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
         (["scenes", "--n", "0"], "--n 0"),
         (["scenes", "--adapter", "nowhere"], "nowhere"),
         (["cues", "--data", "nowhere"], "nowhere"),
+        (["scenes", "--cue-prompt", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(arguments, names, capsys, tmp_path, monkeypatch):
