@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import UserError, exit_on_error
-from training.settings import Config, read_flags
+from training.settings import Config, prepare_torch, read_flags
 
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags(__doc__)
+        prepare_torch()
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from policy import Policy, Rollout, collate, decode_completions, rollout, token_
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
 from training import checks, pictures, run_folder
-from training.dry_run import dry_run
+from training.dry_run import advise_16_bits, dry_run
 from training.experiment import open_experiment, run_experiment
 from training.memory import phase
 from training.metrics import completion_metrics
@@ -350,6 +351,7 @@ def main() -> None:
         if flags.pop("dry_run", False):
             dry_run(flags, train_step, LOCUS)
         else:
+            advise_16_bits(flags)
             run(flags)
 
 

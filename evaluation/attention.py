@@ -6,8 +6,8 @@ weights: [heads, P] per layer, not [heads, P, P]. At 16,000 image tokens that is
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil, floor
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from evaluation.heldout import HeldOutSet, encode_find, predicted_box
 from evaluation.replies import box_of
-from evaluation.reply_cache import Reply, cached_generate, cached_values
+from evaluation.reply_cache import Reply, cached_generate, cached_values, compute_in_halves
 from evaluation.scores import Scores, mean
 from policy import Policy, collate, group_mask, run_text
 from prompts import EncodedPrompt, Processor
@@ -125,15 +125,12 @@ def measure_attention(
     boxes: for each prompt, in pixels of its full image. batch: prompts per batch.
     """
 
-    def compute(indices: range) -> list[dict | None]:
+    def compute(indices: range) -> list[dict]:
         chunk = [prompts[i] for i in indices]
-        with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
-            rows = zip(attention_maps(policy, chunk), indices, chunk, strict=True)
-            return [asdict(attention_in_box(maps, boxes[i], p.images[0].size)) for maps, i, p in rows]
-        torch.cuda.empty_cache()
-        return [None] * len(chunk)
+        rows = zip(attention_maps(policy, chunk), indices, chunk, strict=True)
+        return [asdict(attention_in_box(maps, boxes[i], p.images[0].size)) for maps, i, p in rows]
 
-    return cached_values(cache, name, range(len(prompts)), batch, compute)
+    return cached_values(cache, name, range(len(prompts)), batch, partial(compute_in_halves, compute))
 
 
 def add_attention(scores: Scores, stats: list[dict | None]) -> None:

@@ -143,6 +143,9 @@ class Tracker(TorchDispatchMode):
     def max_memory_allocated(self) -> int:
         return self.peak
 
+    def max_memory_reserved(self) -> int:
+        return self.peak  # a CPU has no allocator that keeps memory for reuse
+
     def reset_peak_memory_stats(self) -> None:
         self.peak = self.current
 

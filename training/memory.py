@@ -19,7 +19,9 @@ LOWER = {  # phase: what to change if it does not fit
 # The messages of PyTorch, CUDA and cuBLAS, and of transformers while it converts weights to 4 bit.
 OUT_OF_MEMORY = r"tried to allocate (\d[\d.]* \w+)|allocate memory|out of memory|alloc_failed"
 OUT_OF_MEMORY += "|automatic conversion of the weights"
-PEAKS: dict[str, int] = {}  # phase: the most bytes that were allocated in it, on a GPU
+# On a GPU: the most bytes that were allocated in each phase, and as "reserved" the most that PyTorch has
+# taken from the card for all of them, with the gaps between its blocks and memory that it keeps for reuse.
+PEAKS: dict[str, int] = {}
 METER = torch.cuda if torch.cuda.is_available() else None  # what measures the memory
 OPEN: list[str] = []  # phases that have started and not ended, the innermost last
 
@@ -46,8 +48,9 @@ def phase(name: str) -> Iterator[None]:
 
 
 def record_peak() -> None:
-    """Adds the peak since the last call to the innermost open phase, and starts to measure anew."""
+    """Adds the peaks since the last call, to the innermost open phase and overall, and measures anew."""
     if METER is not None:
         if OPEN:
             PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), METER.max_memory_allocated())
+        PEAKS["reserved"] = max(PEAKS.get("reserved", 0), METER.max_memory_reserved())
         METER.reset_peak_memory_stats()

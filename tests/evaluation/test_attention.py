@@ -7,6 +7,7 @@ import pytest
 import torch
 from random_models import prompts
 
+from evaluation import attention
 from evaluation.attention import (
     add_grounding,
     append_to_prompt,
@@ -15,6 +16,7 @@ from evaluation.attention import (
     before_answer,
     box_ious,
     grounding_summary,
+    measure_attention,
     touched_cells,
 )
 from evaluation.scores import Scores
@@ -49,6 +51,27 @@ def test_one_row_equals_full_eager_attention(policy):
         expected = full_maps(policy, item)[:, :cells]
         assert expected.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
         assert torch.allclose(got.flatten(1), expected, atol=1e-6)
+
+
+def test_attention_of_halved_batches_is_that_of_whole_ones(policy, monkeypatch):
+    """Memory is enough for two prompts at a time, but never for the fourth, which is an error by itself."""
+    items = prompts(policy, 5)
+    boxes = [[(5.0, 5.0, 45.0, 35.0)]] * 5
+    whole = measure_attention(policy, {}, "looks", items, boxes, 5)
+    real, sizes = attention.attention_maps, []
+
+    def limited(policy, chunk):
+        if len(chunk) > 2 or any(item is items[3] for item in chunk):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(chunk))
+        return real(policy, chunk)
+
+    monkeypatch.setattr(attention, "attention_maps", limited)
+    halved = measure_attention(policy, {}, "looks", items, boxes, 5)
+    assert sizes == [2, 1, 1] and halved[3] is None
+    for i in (0, 1, 2, 4):
+        assert halved[i]["aib"] == pytest.approx(whole[i]["aib"], abs=1e-6)
+        assert halved[i]["mean_aib"] == pytest.approx(whole[i]["mean_aib"], abs=1e-6)
 
 
 def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
