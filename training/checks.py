@@ -1,5 +1,6 @@
 """Checks against failures that raise no error: a wrong gradient, a wrong box frame, a run that diverges."""
 
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -13,9 +14,12 @@ from prompts import EncodedPrompt, box_frame
 from reward import iou, reward
 from training.settings import FRAMES
 
-# Rollout against training pass: a quantile of the gaps per token, and the largest it may be, in nats. In 16
-# bits the kernels of the two passes differ, so single tokens differ a lot; a bug moves most tokens.
-TOLERANCE = {torch.float32: (1.0, 1e-3), torch.float16: (0.5, 0.05), torch.bfloat16: (0.5, 0.05)}
+# Rollout against training pass: statistics of the gaps per token, and their limits in nats. In 16 bits the
+# kernels of the two passes differ, so single tokens differ a lot, and the maximum is noise. The median says
+# nothing either: most tokens of a trained model have p ≈ 1, which hardly moves whatever the bug.
+STATISTICS = {"maximum": torch.max, "mean": torch.mean, "90 % quantile": partial(torch.quantile, q=0.9)}
+FLOAT32_LIMITS = {"maximum": 1e-3}
+HALF_LIMITS = {"mean": 0.03, "90 % quantile": 0.15}
 
 # ---------------------------------------------------------------- before training
 
@@ -30,7 +34,8 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
     """Samples G completions of some prompts and checks that training on them would do what it should.
 
     UserError for the first problem: each is a bug that someone has met, and none raises an error by itself.
-    Returns the measured gaps, in nats per token, and the IoU of a perfect completion.
+    Returns the measured gaps, in nats per token (in float32 the maximum, else the mean), and the IoU of a
+    perfect completion.
     """
     config = policy.base_model.config
     attention = {config._attn_implementation, config.get_text_config()._attn_implementation}
@@ -55,15 +60,20 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
         # The last completion of the first prompt by itself: neither padding nor its group may change it.
         first, tokens, mask = collate(policy, prompts[:1]), rollouts.tokens[:1, -1:], rollouts.mask[:1, -1:]
         alone = token_logps(policy, first, tokens, mask)  # [1, 1, T]
-    tolerance, measured = TOLERANCE[policy.base_model.dtype], {}
-    for name, gap, (quantile, limit), problem in (
-        ("rollout_gap", logps - rollouts.logps, tolerance, "rollout and training pass disagree"),
-        ("packing_gap", logps[:1, -1:] - alone, tolerance, "a completion differs without its group"),
-        ("reference_gap", logps - ref, (1.0, 1e-5), "the untrained adapter is not the reference"),
+    limits = FLOAT32_LIMITS if policy.base_model.dtype == torch.float32 else HALF_LIMITS
+    # The adapter adds 0, so the same kernels give the same bits; a GPU may take others in a second pass.
+    reference_limits = {"maximum": 1e-5 if policy.device.type == "cpu" else 1e-3}
+    measured = {}
+    for name, gap, limits_of_gap, problem in (
+        ("rollout_gap", logps - rollouts.logps, limits, "rollout and training pass disagree"),
+        ("packing_gap", logps[:1, -1:] - alone, limits, "a completion differs without its group"),
+        ("reference_gap", logps - ref, reference_limits, "the untrained adapter is not the reference"),
     ):
         mask = rollouts.mask[: len(gap), -gap.shape[1] :]  # the shape of `gap`
-        measured[name] = gap.abs()[mask].quantile(quantile).item()
-        require(measured[name] < limit, f"{problem}, by {measured[name]:.2g} nats")
+        for statistic, limit in limits_of_gap.items():
+            value = STATISTICS[statistic](gap.abs()[mask]).item()
+            require(value < limit, f"{problem}, by {value:.2g} nats ({statistic} over tokens)")
+            measured.setdefault(name, value)
     frame = prompts[0].frame
     box = frame.to_pixels((100.3, 100.3, 300.3, 300.3))
     perfect = reward(f"<think></think><answer>{frame.to_text(box)}</answer>", frame.to_units(box)).iou
