@@ -6,7 +6,8 @@
 What differs from textbook GRPO:
 - A group shares its prompt: the two images are read once per prompt, not once per completion (policy.py).
 - π_old is the training pass's own first value, not the rollout's. The two passes use different kernels, so
-  their log-probabilities differ before anything is learned, above all in 4 bit.
+  their log-probabilities differ before anything is learned, above all in 4 bit. Truncated importance sampling
+  corrects what that changes in the gradient.
 - The loss is a mean over the tokens of the whole optimizer step, so the micro-batch size changes nothing.
 - The clip range is wider above (0.3) than below (0.2), and a dual clip bounds the loss of completions with a
   negative advantage: both as in the paper's framework.
@@ -80,14 +81,29 @@ def token_weights(mask: Tensor, loss_type: str, num_tokens: float, num_completio
     return mask / num_tokens
 
 
+def importance_weights(old_logps: Tensor, rollout_logps: Tensor, cap: float) -> Tensor:
+    """μ = min(π_old / π_rollout, cap) of each token, [B, G, T]: truncated importance sampling; cap 0: μ = 1.
+
+    The tokens were sampled by other kernels than those of the training pass, so from slightly other
+    probabilities. Weighted by μ, their mean is the one under π_old. The cap bounds what one token can weigh.
+
+    >>> importance_weights(torch.zeros(3), torch.tensor([0.0, 0.5, -9.0]), cap=2.0)
+    tensor([1.0000, 0.6065, 2.0000])
+    """
+    if cap == 0:
+        return torch.ones_like(old_logps)
+    return torch.exp(old_logps - rollout_logps).clamp(max=cap)
+
+
 def grpo_loss(
     logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, weights: Tensor,
-    cfg: Config,
+    cfg: Config, importance: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """L = Σ w · (−J + β · k3): the clipped surrogate and the KL to the reference, token by token.
+    """L = Σ w · (−μ · J + β · k3): the clipped surrogate and the KL to the reference, token by token.
 
     logps, old_logps, ref_logps: log-probabilities under the policy, the policy that sampled and the reference
-    (None where β = 0), [B, G, T]. advantages: [B, G]. weights: those of `token_weights`, [B, G, T].
+    (None where β = 0), [B, G, T]. advantages: [B, G]. weights, importance: w and μ, those of `token_weights`
+    and of `importance_weights`, [B, G, T].
     Also returns sums over tokens for the log, without weights: `kl` and `clip_ratio`.
 
     >>> logps, weights = torch.tensor([[[-1.0]]]), torch.ones(1, 1, 1)
@@ -105,6 +121,8 @@ def grpo_loss(
     # Dual clip: where A < 0, ρA has no lower bound, so one token that became likely could dominate.
     bounded = torch.maximum(surrogate, cfg.dual_clip * advantage)  # J ≥ cA
     surrogate = torch.where(advantage < 0, bounded, surrogate)
+    # The sampler's kernels differ from the training pass's, above all in 4 bit. μ has no gradient.
+    surrogate = importance * surrogate  # μJ
     # For the log: where the clip range, not the dual clip, stopped the gradient.
     num_clipped = ((ratio * advantage > clipped_ratio * advantage) & is_completion).sum()
     k3 = torch.zeros_like(logps)
@@ -193,7 +211,9 @@ def optimizer_step(
     """
     num_tokens = sum(rollouts.mask.sum() for _, rollouts, _, _ in micro_batches).item()
     num_completions = sum(rollouts.finished.numel() for _, rollouts, _, _ in micro_batches)
-    metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "rollout_gap": 0.0}
+    # Tokens without a pass count as a difference of 0 and a ratio of 1.
+    difference, ratio = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+    metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, difference: 0.0, ratio: 1.0}
     finite, loss_scale = True, FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else 1.0
     optimizer.zero_grad(set_to_none=True)
     for batch, rollouts, advantages, old_logps in micro_batches:
@@ -209,15 +229,16 @@ def optimizer_step(
         # Detached, the ratio is exactly 1 here, but its gradient is that of the log-probability.
         old_logps = logps.detach() if old_logps is None else old_logps
         loss_weights = token_weights(rollouts.mask, cfg.loss, num_tokens, num_completions, cfg.max_new_tokens)
-        loss, stats = loss_function(logps, old_logps, ref_logps, advantages, loss_weights, cfg)
+        importance = importance_weights(old_logps, rollouts.logps, cfg.importance_sampling_cap)  # [B, G, T]
+        loss, stats = loss_function(logps, old_logps, ref_logps, advantages, loss_weights, cfg, importance)
         # Gradients of the micro-batches add up until the optimizer step.
         (loss_scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
         metric_sums["loss"] += loss.item()
         metric_sums["kl"] += stats["kl"].item() / num_tokens
         metric_sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
-        rollout_gap = (old_logps - rollouts.logps).abs().max().item()
-        metric_sums["rollout_gap"] = max(metric_sums["rollout_gap"], rollout_gap)
+        metric_sums[difference] += (old_logps - rollouts.logps).abs().sum().item() / num_tokens
+        metric_sums[ratio] += (importance - 1).sum().item() / num_tokens
     grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
     return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 

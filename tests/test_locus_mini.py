@@ -8,21 +8,29 @@ import pytest
 import torch
 from random_models import prompts, random_policy, with_adapter
 
+from data import CueConfig, scene_cues
 from locus_mini import (
+    LOCUS,
     Config,
     group_advantages,
     grpo_loss,
+    importance_weights,
     learning_rate,
     micro_batch_slices,
     optimizer_step,
+    sample_batch,
     token_weights,
 )
+from models import add_lora, load_policy
 from policy import collate, rollout, token_logps
 
 CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
 
 
-def loss_in_python(logps, old, ref, advantages, mask, cfg: Config) -> float:
+GAP, RATIO = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+
+
+def loss_in_python(logps, old, ref, rollout_logps, advantages, mask, cfg: Config) -> float:
     """The loss by the formulas of the papers, with loops over Python floats."""
     B, G, T = mask.shape
     lengths = [[int(mask[b, g].sum()) for g in range(G)] for b in range(B)]
@@ -37,6 +45,9 @@ def loss_in_python(logps, old, ref, advantages, mask, cfg: Config) -> float:
                 J = min(rho * A, clipped * A)
                 if A < 0:
                     J = max(J, cfg.dual_clip * A)
+                if cfg.importance_sampling_cap:
+                    mu = math.exp(float(old[b, g, t] - rollout_logps[b, g, t]))
+                    J *= min(mu, cfg.importance_sampling_cap)
                 d = float(ref[b, g, t] - logps[b, g, t])
                 k3 = math.exp(d) - d - 1
                 weight = {
@@ -68,12 +79,32 @@ def loss_weights(mask, cfg: Config):
 
 @pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("cap", [0.0, 1.5, 2.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_equals_its_formula(loss, beta, seed):
+def test_the_loss_equals_its_formula(loss, beta, cap, seed):
     logps, old, ref, advantages, mask = example(seed)
-    cfg = replace(CFG, loss=loss, beta=beta)
-    value, _ = grpo_loss(logps, old, ref if beta else None, advantages, loss_weights(mask, cfg), cfg)
-    assert value.item() == pytest.approx(loss_in_python(logps, old, ref, advantages, mask, cfg), abs=1e-12)
+    rollout_logps = old + 0.5 * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
+    cfg = replace(CFG, loss=loss, beta=beta, importance_sampling_cap=cap)
+    importance = importance_weights(old, rollout_logps, cap)
+    reference, weights = ref if beta else None, loss_weights(mask, cfg)
+    value, _ = grpo_loss(logps, old, reference, advantages, weights, cfg, importance)
+    expected = loss_in_python(logps, old, ref, rollout_logps, advantages, mask, cfg)
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    if cap == 0:
+        assert torch.equal(value, grpo_loss(logps, old, reference, advantages, weights, cfg)[0])
+
+
+@pytest.mark.parametrize(
+    ("gap", "weight"), [(0.0, 1.0), (-0.5, math.exp(-0.5)), (0.5, math.exp(0.5)), (1, 2)]
+)
+def test_importance_weights_scale_the_gradient(gap, weight):
+    """At ratio 1 the gradient of the loss is −μ · A: μ itself has none."""
+    logps = torch.tensor([[[-1.0]]], dtype=torch.float64, requires_grad=True)
+    old = logps.detach()
+    importance = importance_weights(old, old - gap, 2.0)
+    cfg, A = replace(CFG, beta=0.0), torch.tensor([[3.0]], dtype=torch.float64)
+    grpo_loss(logps, old, None, A, torch.ones(1, 1, 1), cfg, importance)[0].backward()
+    assert logps.grad.item() == pytest.approx(-3 * weight, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +222,46 @@ def test_the_micro_batch_size_does_not_change_the_gradient(loss, beta):
         accumulated = gradients(policy, batch, rollouts, advantages, replace(cfg, micro_batch=size), old)
         for gradient, expected_gradient in zip(accumulated, expected, strict=True):
             assert torch.allclose(gradient, expected_gradient, atol=1e-6)
+
+
+def test_sampling_and_training_of_the_embedded_model_agree_in_float32():
+    """On the CPU the correction is 1 to 1e-4, whether the gradient is corrected or not."""
+    policy, cfg = add_lora(load_policy("tiny"), 4), replace(CFG, prompts=2, source="object", micro_batch=2)
+    batch = sample_batch(policy.processor, scene_cues(CueConfig(), "train", 0), 0, cfg)
+    cfg = replace(cfg, max_new_tokens=policy.processor.family.max_new_tokens)
+    rollouts = LOCUS.sample(policy, batch, 0, cfg)
+    collated = collate(policy, [example.prompt for example in batch])
+    with torch.no_grad():
+        old = token_logps(policy, collated, rollouts.tokens, rollouts.mask)
+    importance = importance_weights(old, rollouts.logps, 2.0)
+    assert 0 < (importance - 1).abs().max() < 1e-4
+    advantages = group_advantages(torch.rand(2, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = NoStep([p for p in policy.model.parameters() if p.requires_grad])
+    metrics = optimizer_step(policy, optimizer, [(collated, rollouts, advantages, None)], cfg)
+    assert 0 < metrics[GAP] < 1e-4 and 0 < abs(metrics[RATIO] - 1) < 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_log_has_the_mean_gap_and_the_mean_ratio_over_tokens(beta):
+    """Two micro-batches with known gaps. The second has equal rewards: without the KL it gets no pass."""
+    policy = with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    parts, gaps = [], (0.5, -1.0)
+    for prompt, gap in zip(prompts(policy, 2), gaps):
+        batch = collate(policy, [prompt])
+        rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(1))
+        rollouts = replace(rollouts, logps=rollouts.logps - gap * rollouts.mask)
+        parts.append((batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]) * (gap > 0), None))
+    optimizer = NoStep([p for p in policy.model.parameters() if p.requires_grad])
+    metrics = optimizer_step(policy, optimizer, parts, replace(CFG, beta=beta, importance_sampling_cap=1.2))
+    first, second = (part[1].mask.sum().item() for part in parts)
+    second_gap, second_ratio = (1.0, math.exp(-1)) if beta else (0.0, 1.0)
+    expected = (0.5 * first + second_gap * second) / (first + second)
+    assert metrics[GAP] == pytest.approx(expected, abs=1e-4)
+    expected = (1.2 * first + second_ratio * second) / (first + second)
+    assert metrics[RATIO] == pytest.approx(expected, abs=1e-4)
+    off = optimizer_step(policy, optimizer, parts, replace(CFG, beta=beta, importance_sampling_cap=0.0))
+    assert off[GAP] == metrics[GAP] and off[RATIO] == 1
 
 
 def test_a_rollout_is_split_into_updates_and_an_update_into_micro_batches():
