@@ -102,7 +102,8 @@ def rollout_ground_truth(policy: Policy, batch: list[Example], step: int, cfg: C
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
     mask = torch.arange(tokens.shape[-1], device=policy.device) < lengths  # [B, 1, T]
-    return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
+    logps, finished = torch.zeros(tokens.shape, device=policy.device), mask.any(-1)  # [B, 1, T], [B, 1]
+    return Rollout(tokens, mask, logps, finished, finished[:, 0])
 
 
 def imitate_all(
@@ -120,7 +121,7 @@ def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Te
     row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B] each
     tensors = (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished)
     better = (advantages.amax(1) > advantages.amin(1)).float()[:, None]  # [B, 1]
-    return Rollout(*(tensor[row, best][:, None] for tensor in tensors)), better
+    return Rollout(*(tensor[row, best][:, None] for tensor in tensors), rollouts.finite), better
 
 
 def imitate_best(

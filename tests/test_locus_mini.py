@@ -1,17 +1,22 @@
 """GRPO: the loss against its formulas in plain Python, and what must not change the gradient."""
 
+import copy
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from random_models import prompts, random_policy, with_adapter
+from random_models import make_infinite, prompts, random_policy, with_adapter
 
 from data import CueConfig, scene_cues
 from locus_mini import (
+    FP16_LOSS_SCALE,
     LOCUS,
+    LOSS_SCALE_INTERVAL,
     Config,
+    Example,
     group_advantages,
     grpo_loss,
     importance_weights,
@@ -20,9 +25,13 @@ from locus_mini import (
     optimizer_step,
     sample_batch,
     token_weights,
+    train_step,
+    update_loss_scale,
 )
 from models import add_lora, load_policy
-from policy import collate, rollout, token_logps
+from policy import Policy, Rollout, collate, rollout, token_logps
+from reward import Reward
+from training import run_folder
 
 CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
 
@@ -310,3 +319,118 @@ def test_a_step_raises_the_probability_of_the_better_completion():
     optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], replace(CFG, beta=0.0))
     after = token_logps(policy, batch, rollouts.tokens, rollouts.mask).sum(-1)[0]
     assert after[0] > before[0] and (after[1:] < before[1:]).all()
+
+
+# ---------------------------------------------------------------- groups that are not finite, and float16
+
+
+def float16_policy() -> Policy:
+    """In float16, with an adapter in float32."""
+    policy = random_policy("qwen3_vl")
+    policy.base_model.half()
+    return with_adapter(policy)
+
+
+def random_rewards(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
+    """Rewards that depend on the example alone."""
+    rng = random.Random(example.index)
+    return [Reward(rng.random(), rng.random(), 1.0) for _ in completions]
+
+
+def one_step(policy: Policy, examples: list[Example], rollouts: Rollout, cfg: Config):
+    """The metrics of a step on these completions, and the weights after it, as one vector."""
+    policy = copy.deepcopy(policy)
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params)
+    task = replace(LOCUS, sample=lambda *_: rollouts, score=random_rewards)
+    metrics, _ = train_step(policy, optimizer, None, 0, cfg, task, examples)
+    metrics.pop("seconds")
+    return metrics, torch.cat([p.detach().flatten() for p in trainable_params])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_without_a_group_that_is_not_finite_equals_one_on_the_others(updates, dtype):
+    policy = float16_policy() if dtype == torch.float16 else with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 4)
+    examples = [Example(i, None, prompt) for i, prompt in enumerate(encoded_prompts)]
+    make_infinite(policy, encoded_prompts[1])
+    batch = collate(policy, encoded_prompts)
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    cfg = replace(CFG, updates=updates, micro_batch=1, lr=1e-3)
+    metrics, weights = one_step(policy, examples, rollouts, cfg)
+    others = [0, 2, 3]
+    kept = rollouts.select(torch.tensor(others))
+    expected, same = one_step(policy, [examples[i] for i in others], kept, replace(cfg, prompts=3))
+    assert torch.equal(weights, same)
+    assert metrics.pop("frac_groups_not_finite") == 0.25 and expected.pop("frac_groups_not_finite") == 0
+    assert metrics == expected and metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+    start = torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    assert not torch.equal(weights, start)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_in_which_no_group_is_finite_is_skipped(updates, beta):
+    policy = float16_policy()
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 4)
+    for prompt in encoded_prompts:
+        make_infinite(policy, prompt)
+    batch = collate(policy, encoded_prompts)
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    examples = [Example(i, None, prompt) for i, prompt in enumerate(encoded_prompts)]
+    cfg = replace(CFG, updates=updates, micro_batch=2, lr=1e-3, beta=beta)
+    metrics, weights = one_step(policy, examples, rollouts, cfg)
+    assert metrics["skipped"] == metrics["frac_groups_not_finite"] == 1
+    before = torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    assert torch.equal(weights, before)
+
+
+def test_the_loss_scale_halves_after_a_skipped_step_and_doubles_after_a_hundred_applied_ones():
+    group = {"loss_scale": 1024.0}
+    for applied, count, expected in (
+        (True, LOSS_SCALE_INTERVAL - 1, 1024),
+        (True, 1, 2048),
+        (True, LOSS_SCALE_INTERVAL - 1, 2048),
+        (False, 1, 1024),  # the count starts anew
+        (True, LOSS_SCALE_INTERVAL - 1, 1024),
+        (False, 3, 128),
+        (True, LOSS_SCALE_INTERVAL, 256),
+    ):
+        for _ in range(count):
+            update_loss_scale(group, applied)
+        assert group["loss_scale"] == expected
+
+
+def test_gradients_that_overflow_float16_halve_the_scale_until_they_fit(tmp_path):
+    """The steps after a checkpoint equal those without one: it holds the scale."""
+    policy = float16_policy()
+    torch.manual_seed(0)
+    batch = collate(policy, prompts(policy, 1))
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, lr=0.0)  # so that every step has the same gradients
+    optimizer.param_groups[0]["loss_scale"] = 2.0**22
+    parts = [(batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]), None)]
+    skipped = [optimizer_step(policy, optimizer, parts, CFG)["skipped"] for _ in range(20)]
+    num_skipped = int(sum(skipped))
+    assert 2 < num_skipped < 20 and skipped == [1] * num_skipped + [0] * (20 - num_skipped)
+    assert optimizer.param_groups[0]["loss_scale"] == 2.0 ** (22 - num_skipped)
+    run_folder.save_checkpoint(tmp_path, 1, policy.model, optimizer, {})
+    resumed = torch.optim.AdamW(trainable_params, lr=1.0)
+    assert run_folder.load_checkpoint(tmp_path, policy.model, resumed, {}) == 1
+    for name in ("loss_scale", "applied_steps", "lr"):
+        assert resumed.param_groups[0][name] == optimizer.param_groups[0][name]
+
+
+def test_only_float16_has_a_loss_scale():
+    for policy in (float16_policy(), with_adapter(random_policy("qwen3_vl"))):
+        torch.manual_seed(0)
+        batch = collate(policy, prompts(policy, 1))
+        rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer_step(policy, optimizer, [(batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]), None)], CFG)
+        scale = FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else None
+        assert optimizer.param_groups[0].get("loss_scale") == scale

@@ -61,11 +61,12 @@ def test_metrics_have_one_line_per_step(run):
     expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "grad_norm"}
     expected |= {"sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"}
     expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
-    expected |= {"skipped", "lr", "seconds"}
+    expected |= {"frac_groups_not_finite", "skipped", "lr", "seconds"}
     for line in lines:
         assert set(line) == expected
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
-        assert line["sampling/sampling_logp_difference/mean"] < 1e-4 and line["skipped"] == 0
+        assert line["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert line["skipped"] == line["frac_groups_not_finite"] == 0
         assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
     assert lines[0]["kl"] == 0, "the first step starts at the reference"
     updated = [line["grad_norm"] > 0 for line in lines]

@@ -1,7 +1,7 @@
 """Checks against failures that raise no error: a wrong gradient, a wrong box frame, a run that diverges."""
 
 from functools import partial
-from itertools import takewhile
+from itertools import compress, takewhile
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from training.settings import FRAMES
 STATISTICS = {"maximum": torch.max, "mean": torch.mean, "90 % quantile": partial(torch.quantile, q=0.9)}
 FLOAT32_LIMITS = {"maximum": 1e-3}
 HALF_LIMITS = {"mean": 0.03, "90 % quantile": 0.15}
+NOT_FINITE = "The model's hidden states are not finite in {}: its weights are damaged, or need a GPU that has"
+NOT_FINITE += " bfloat16."
 
 # ---------------------------------------------------------------- before training
 
@@ -49,6 +51,11 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
     # On some CPUs a pass without gradients repacks 4-bit weights, and no gradient passes them any more.
     before = prompt_gradient(policy, batch)
     rollouts = rollout(policy, batch, G, max_new_tokens, torch.Generator(policy.device).manual_seed(seed))
+    if not rollouts.finite.any():
+        raise UserError(NOT_FINITE.format(policy.base_model.dtype))
+    # In float16 single images overflow, and training leaves their groups out: the others are checked.
+    if not rollouts.finite.all():
+        return self_check(policy, list(compress(prompts, rollouts.finite.tolist())), G, max_new_tokens, seed)
     cosine = F.cosine_similarity(before, prompt_gradient(policy, batch), dim=0).item()
     require(cosine > 0.999, f"after a rollout the gradient differs (cosine {cosine:.3f}): repacked weights?")
     varies = any(len(set(group)) > 1 for group in decode_completions(policy, rollouts))
@@ -113,19 +120,25 @@ def check_frame(policy: Policy, held: HeldOutSet, scores: Scores) -> None:
 # ---------------------------------------------------------------- while training
 
 
-def diverged(history: list[dict]) -> bool:
-    """Whether each of the last five steps had a loss or a gradient that is not finite."""
-    return len(history) >= 5 and all(metrics["skipped"] == 1 for metrics in history[-5:])
+def diverged(history: list[dict], policy: Policy, lr: float) -> str:
+    """What to do if each of the last five steps had a loss or a gradient that is not finite, else ""."""
+    if len(history) < 5 or any(metrics["skipped"] < 1 for metrics in history[-5:]):
+        return ""
+    if all(metrics["frac_groups_not_finite"] == 1 for metrics in history[-5:]):
+        return NOT_FINITE.format(policy.base_model.dtype)
+    return f"Five steps in a row were not finite: start again with --lr below {lr}."
 
 
 def step_warnings(history: list[dict], kl_limit: float) -> list[str]:
     """Warnings about the last step of a run, whose metrics are `history`.
 
-    Cut completions and a high KL warn in the first of several such steps. Equal rewards in every group, which
-    teach nothing, warn after 20 such steps in a row, and after every 20 more.
+    Groups left out, cut completions and a high KL warn in the first of several such steps. Equal rewards in
+    every group, which teach nothing, warn after 20 such steps in a row, and after every 20 more.
     """
     last, previous, warnings = history[-1], history[-2] if len(history) > 1 else {}, []
     clipped, idle = "completions/clipped_ratio", "frac_reward_zero_std"
+    if (dropped := last["frac_groups_not_finite"]) > 0 == previous.get("frac_groups_not_finite", 0):
+        warnings.append(f"{dropped:.0%} of the groups were not finite and are left out: see docs/gpu.md")
     if last["skipped"] > 0:
         warnings.append(f"a loss or gradient was not finite: {last['skipped']:.0%} of the updates skipped")
     if last[clipped] > 0.1 >= previous.get(clipped, 0):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_models import prompts, random_policy
+from random_models import make_infinite, prompts, random_policy
 from torch import nn
 
 import policy as policy_module
@@ -151,6 +151,28 @@ def test_a_trained_adapter_is_not_the_reference():
             nn.init.normal_(parameter, std=0.1)
     with pytest.raises(UserError, match="not the reference"):
         check(policy)
+
+
+def test_damaged_weights():
+    policy = untrained_policy()
+    policy.base_model.model.language_model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite in torch.float32: its weights are damaged"):
+        check(policy)
+
+
+def test_an_image_that_is_not_finite_leaves_the_others_to_be_checked(monkeypatch):
+    policy = untrained_policy()
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    make_infinite(policy, encoded_prompts[1])
+    assert self_check(policy, encoded_prompts, 4, 12, seed=0)["rollout_gap"] < 1e-4
+    policy.logit_bias = torch.zeros_like(policy.logit_bias)
+    policy.logit_bias[:20] = -torch.inf
+    original = policy_module.target_logps
+    monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
+    policy.logit_bias[policy.base_model.config.image_token_id] = -torch.inf
+    with pytest.raises(UserError, match="disagree"):
+        self_check(policy, encoded_prompts, 4, 12, seed=0)
 
 
 def test_a_group_of_equal_completions():
