@@ -234,7 +234,7 @@ def ask_task(session: Session) -> dict[str, Any]:
     for name, title in zip(session.each_model(), session.model_names):
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
-        print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply or '(empty)'}")
+        print(f"{name:>8}: {'(no reply: see the reason above)' if reply is None else reply or '(empty)'}")
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
         names.append(f"{title}, predicting {answer_token!r}")

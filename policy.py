@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from files.errors import UserError
 from prompts import EncodedPrompt, Processor
 
 LOGIT_CHUNK_SIZE = 2**24  # logits that exist at once while completions are scored: 67 MB in float32
@@ -190,9 +189,10 @@ class Rollout:
     mask: Tensor  # [B, G, T]: True up to and including the stop token
     logps: Tensor  # [B, G, T]: log-probabilities at sampling time, 0 outside the mask
     finished: Tensor  # [B, G]: False for a completion that was cut at the limit
+    finite: Tensor  # [B]: False for a group with a NaN, mostly an overflow of float16; its mask is all False
 
-    def select(self, rows: slice) -> "Rollout":
-        return Rollout(self.tokens[rows], self.mask[rows], self.logps[rows], self.finished[rows])
+    def select(self, rows: slice | Tensor) -> "Rollout":
+        return Rollout(*(tensor[rows] for tensor in vars(self).values()))
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
@@ -202,7 +202,7 @@ class Rollout:
         def pad(tensor: Tensor) -> Tensor:
             return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor
 
-        columns = zip(*((part.tokens, part.mask, part.logps, part.finished) for part in parts), strict=True)
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
@@ -248,7 +248,6 @@ def rollout(
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
     unfinished = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
     completion_numbers = torch.arange(1, G + 1, device=policy.device)  # [G]
-    all_finite = torch.ones((), dtype=torch.bool, device=policy.device)
     steps = []
     for t in range(max_new_tokens):
         # In float32: a 16-bit softmax would round away most of the vocabulary.
@@ -256,7 +255,6 @@ def rollout(
         if generator is None:
             next_tokens = logps.argmax(-1)  # [B, G]
         else:
-            all_finite = all_finite & hidden.isfinite().all()  # read after the loop: that waits for the GPU
             probs = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; a NaN would crash multinomial
             next_tokens = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
         sampled_logps = logps.gather(-1, next_tokens[..., None])[..., 0]  # [B, G]
@@ -269,11 +267,11 @@ def rollout(
         segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_numbers, -1)], 1)
         position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
         hidden = run_text(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
-    if not all_finite:
-        reason = "its weights are damaged, or need a GPU that has bfloat16"
-        raise UserError(f"The model's hidden states are not finite in {hidden.dtype}: {reason}.")
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
-    return Rollout(tokens, mask, logps, ~unfinished)
+    # A NaN anywhere in a hidden state or in its logits is one in the token's log-probability too.
+    finite = logps.isfinite().all(-1).all(-1)  # [B]: a group shares its prompt, so it is finite as a whole
+    mask = mask & finite[:, None, None]
+    return Rollout(tokens, mask, logps.where(mask, 0.0), ~unfinished, finite)
 
 
 def decode_completions(policy: Policy, rollouts: Rollout) -> list[list[str]]:

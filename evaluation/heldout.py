@@ -120,7 +120,7 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
     """Scores of a reply that should give a box; true_box: in pixels of the full image.
 
     Its IoU, whether it parses, its format reward, and whether the object that it overlaps most is the right
-    one, the cue's target. None where memory ran out.
+    one, the cue's target. None where there is no reply.
     """
     if text is None:
         return None
@@ -132,7 +132,7 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
 
 
 def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
-    """Means of box scores (Table 10); `errors` counts the replies that memory was too small for, if any."""
+    """Means of box scores (Table 10); `errors` counts the prompts without a reply, if any."""
     rows, num_rows = [row for row in rows if row is not None], len(rows)
     summary = {"mean_iou": mean(row["iou"] for row in rows)}
     summary["mean_iou_parsed"] = mean(row["iou"] for row in rows if row["parsed"])

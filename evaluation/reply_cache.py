@@ -4,6 +4,7 @@ A run that is killed repeats one batch at most.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple
@@ -19,7 +20,8 @@ from files.pictures import UnusableImage
 from policy import Policy, collate, decode_completions, rollout
 from prompts import BoxFrame, EncodedPrompt
 
-# The text, None where memory ran out, False where the image cannot be read; and the frame of its boxes.
+# The text, None where memory ran out or float16 overflowed, False where the image cannot be read; and the
+# frame of its boxes.
 Reply = tuple[str | bool | None, BoxFrame]
 
 
@@ -107,12 +109,13 @@ def generate_replies(
     """A greedy reply to each prompt, in their order, by the rollout's own loop.
 
     Where a batch does not fit into memory, it is halved, so only a prompt that is too large by itself gets no
-    reply.
+    reply. Nor does one whose hidden states are not finite: that is no wrong reply.
     """
 
-    def generate(chunk: list[EncodedPrompt]) -> list[str]:
+    def generate(chunk: list[EncodedPrompt]) -> list[str | None]:
         rollouts = rollout(policy, collate(policy, chunk), 1, max_new_tokens)
-        return [text for (text,) in decode_completions(policy, rollouts)]
+        texts, finite = decode_completions(policy, rollouts), rollouts.finite.tolist()  # B × 1, B
+        return [text if is_finite else None for (text,), is_finite in zip(texts, finite)]
 
     prompts = iter(prompts)
     while chunk := list(islice(prompts, batch or default_batch_size(policy))):
@@ -139,4 +142,7 @@ def cached_generate(
         return ([text, *astuple(frame)] for text, frame in rows)
 
     rows = cached_values(cache, name, keys or range(len(prompts)), limits[1], compute)
+    if num_errors := sum(text is None for text, *_ in rows):
+        reason = "memory is too small, or hidden states are not finite"
+        print(f"{name}: {num_errors} of {len(rows)} prompts have no reply: {reason}.", file=sys.stderr)
     return [(text, BoxFrame(*frame)) for text, *frame in rows]

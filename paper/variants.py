@@ -73,14 +73,14 @@ def score_shuffled_target(completions: list[str], example: Example, cfg: Config)
 
 
 def sft_loss(
-    logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, cfg: Config
+    logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −Σ w · A · log π with A ∈ {0, 1}: imitation, which pushes no completion away (Table 4).
 
     logps, weights: [B, 1, T]; advantages: [B, 1]. It takes the place of grpo_loss and ignores the rest.
 
     >>> logps, weights = torch.tensor([[[-1.0, -3.0]]]), torch.full((1, 1, 2), 0.5)
-    >>> sft_loss(logps, logps, None, torch.ones(1, 1), weights, Config())[0]  # the mean of 1 and 3
+    >>> sft_loss(logps, logps, None, torch.ones(1, 1), weights)[0]  # the mean of 1 and 3
     tensor(2.)
     """
     zero = torch.zeros((), device=logps.device)
@@ -102,7 +102,8 @@ def rollout_ground_truth(policy: Policy, batch: list[Example], step: int, cfg: C
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]  # [B, 1, T]
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)[:, None, None]  # [B, 1, 1]
     mask = torch.arange(tokens.shape[-1], device=policy.device) < lengths  # [B, 1, T]
-    return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
+    logps, finished = torch.zeros(tokens.shape, device=policy.device), mask.any(-1)  # [B, 1, T], [B, 1]
+    return Rollout(tokens, mask, logps, finished, finished[:, 0])
 
 
 def imitate_all(
@@ -111,7 +112,8 @@ def imitate_all(
     """One step of SFT, as `update_policy` (rest: step, cfg): every completion is imitated."""
     imitated = torch.ones_like(advantages)  # [B, 1]
     metrics = update_policy(policy, optimizer, batch, rollouts, imitated, *rest, sft_loss)
-    return metrics | {"rollout_gap": 0.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
+    difference, ratio = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+    return metrics | {difference: 0.0, ratio: 1.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
 
 
 def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
@@ -119,7 +121,7 @@ def best_completions(rollouts: Rollout, advantages: Tensor) -> tuple[Rollout, Te
     row, best = torch.arange(len(advantages), device=advantages.device), advantages.argmax(1)  # [B] each
     tensors = (rollouts.tokens, rollouts.mask, rollouts.logps, rollouts.finished)
     better = (advantages.amax(1) > advantages.amin(1)).float()[:, None]  # [B, 1]
-    return Rollout(*(tensor[row, best][:, None] for tensor in tensors)), better
+    return Rollout(*(tensor[row, best][:, None] for tensor in tensors), rollouts.finite), better
 
 
 def imitate_best(

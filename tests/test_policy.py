@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_models import prompts, random_policy, with_adapter
+from random_models import make_infinite, prompts, random_policy, with_adapter
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import policy as policy_module
 from evaluation.reply_cache import generate_replies
-from files.errors import UserError
 from models import add_lora, enable_gradient_checkpointing
 from policy import (
     Policy,
@@ -311,12 +310,46 @@ def test_image_features_are_the_same_in_several_passes(policy, monkeypatch):
                 assert torch.allclose(layer, expected, atol=1e-5)
 
 
-def test_hidden_states_that_are_not_finite_end_a_rollout_with_one_sentence(policy):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_group_that_is_not_finite_has_no_tokens_and_changes_no_other(greedy, dtype, policy):
+    """In a batch, and in the pass that scores it."""
+    policy.base_model.to(dtype)
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    kwargs = {} if greedy else {"generator": torch.Generator()}
+
+    def sample() -> Rollout:
+        if not greedy:
+            kwargs["generator"].manual_seed(0)
+        return rollout(policy, collate(policy, encoded_prompts), 3, 8, **kwargs)
+
+    expected = sample()
+    assert expected.finite.tolist() == [True] * 3
+    make_infinite(policy, encoded_prompts[1])
+    rollouts = sample()
+    assert rollouts.finite.tolist() == [True, False, True]
+    assert not rollouts.mask[1].any() and (rollouts.logps[1] == 0).all()
+    for b in (0, 2):
+        for name in ("tokens", "logps"):
+            values, others = (getattr(r, name)[b][r.mask[b]] for r in (rollouts, expected))
+            assert torch.equal(values, others)
+    with torch.no_grad():
+        logps = token_logps(policy, collate(policy, encoded_prompts), rollouts.tokens, rollouts.mask)
+    assert logps.isfinite().all() and (logps[1] == 0).all()
+    joined = Rollout.join([rollouts.select(slice(0, 1)), rollouts.select(slice(1, 3))])
+    assert torch.equal(joined.finite, rollouts.finite)
+
+
+@pytest.mark.parametrize("place", ["hidden state", "logits"])
+def test_damaged_weights_leave_no_group_finite(place, policy):
     _, batch, _ = sampled(policy)
-    norm = policy.base_model.model.language_model.norm
-    norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        rollout(policy, batch, 2, 4, torch.Generator().manual_seed(0))
+    if place == "logits":
+        policy.base_model.lm_head.weight[7] = torch.inf
+    else:
+        policy.base_model.model.language_model.norm.weight[0] = torch.nan
+    assert not rollout(policy, batch, 2, 4, torch.Generator().manual_seed(0)).finite.any()
+    assert not rollout(policy, batch, 1, 4).finite.any()
 
 
 def test_self_check_passes_on_a_fresh_adapter():

@@ -60,13 +60,16 @@ def test_a_run_writes_the_files_that_the_readme_names(run):
 def test_metrics_have_one_line_per_step(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "rollout_gap", "grad_norm"}
+    expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "grad_norm"}
+    expected |= {"sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"}
     expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
-    expected |= {"skipped", "lr", "seconds"}
+    expected |= {"frac_groups_not_finite", "skipped", "lr", "seconds"}
     for line in lines:
         assert set(line) == expected
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
-        assert line["rollout_gap"] < 1e-3 and line["skipped"] == 0
+        assert line["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert line["skipped"] == line["frac_groups_not_finite"] == 0
+        assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
     assert lines[0]["kl"] == 0, "the first step starts at the reference"
     updated = [line["grad_norm"] > 0 for line in lines]
     assert any(updated[:2]), "no group of the first steps had different rewards"

@@ -57,6 +57,7 @@ class Config:
     beta: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "clip range of the ratio below 1; paper's framework")
     clip_high: float = setting(0.3, "clip range of the ratio above 1; paper's framework")
+    importance_sampling_cap: float = setting(2.0, "cap of the ratio training / sampling, 0: off; ours")
     dual_clip: float = setting(3.0, "bound of the loss at negative advantages; paper's framework", low=1)
     alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
     lora_rank: int = setting(16, "rank of the adapter; ours", low=1)

@@ -74,7 +74,7 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
     A, kv_bytes = attention.q_proj.out_features, 4 * layers * attention.k_proj.out_features  # of a column
     _, bandwidth, tflops = CARDS[card]
     # A photo is at its upper limit of pixels; the crop of a small object is enlarged to the lower limit.
-    patches = (cfg.image_pixels + min(family.crop_pixels[0], cfg.crop_pixels)) // vision.patch_size**2
+    patches = (cfg.image_pixels + cfg.crop_min_pixels) // vision.patch_size**2
     P, T = TEXT_TOKENS + patches // vision.spatial_merge_size**2, cfg.max_new_tokens
 
     def forward(B: int, Q: float, L: float, vision_flops: float = 0.0) -> float:

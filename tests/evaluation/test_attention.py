@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_models import prompts
+from random_models import make_infinite, prompts
 
 from evaluation import attention
 from evaluation.attention import (
@@ -148,3 +148,10 @@ def test_grounding_against_answers_by_hand():
     add_grounding(after, [1.0] * 6, [1.0] * 6, base)
     assert [len(after.samples[name]) for name in ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")] == [2, 1, 2]
     assert base.samples["misread"] == [0, 0, 0, 0, 1, None] and base.samples["not found"][:3] == [0, 1, 1]
+
+
+def test_attention_that_is_not_finite_is_left_out(policy):
+    encoded_prompts = prompts(policy, 3)
+    make_infinite(policy, encoded_prompts[1])
+    stats = measure_attention(policy, {}, "looks", encoded_prompts, [[(0, 0, 30, 30)]] * 3, 3)
+    assert [sample is None for sample in stats] == [False, True, False]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_models import noise, random_policy
+from random_models import make_infinite, noise, random_policy
 
 from data import CueConfig, folder_cues, scene_cues
 from evaluation import heldout, reply_cache
@@ -156,6 +156,18 @@ def test_a_half_that_is_finished_is_in_the_file_before_the_other_half_runs(polic
     assert {key: text for key, (text, *_) in cached.items()} == {
         f"before/{i}": undisturbed[i][0] for i in range(2)
     }
+
+
+def test_a_reply_that_is_not_finite_is_an_error_and_not_a_wrong_answer(policy, capsys):
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 3)
+    plain = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
+    make_infinite(policy, held.cue_prompts[1])
+    replies = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
+    assert [text for text, _ in replies] == [plain[0][0], None, plain[2][0]]
+    capsys.readouterr()
+    summary = heldout.evaluate(policy, held, 8).summary["cue"]
+    assert summary["n"] == 2 and summary["errors"] == 1
+    assert "cue search: 1 of 3 prompts have no reply" in capsys.readouterr().err
 
 
 def test_photos_are_opened_at_each_access(policy, tmp_path):

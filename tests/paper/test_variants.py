@@ -104,7 +104,8 @@ def test_imitating_raises_the_probability_of_the_true_boxes(batch):
 def test_the_best_completion_of_each_group_is_kept():
     tokens = torch.arange(24).view(2, 3, 4)
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
-    rollouts = Rollout(tokens, mask, -tokens.float(), torch.tensor([[True, False, True], [True, True, True]]))
+    finished, finite = torch.tensor([[True, False, True], [True, True, True]]), torch.tensor([True, True])
+    rollouts = Rollout(tokens, mask, -tokens.float(), finished, finite)
     kept, better = best_completions(rollouts, torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.5, 0.5]]))
     assert kept.tokens.tolist() == [[[4, 5, 6, 7]], [[12, 13, 14, 15]]]
     assert kept.finished.tolist() == [[False], [True]]

@@ -23,6 +23,7 @@ REFUSED = {
     "weight_decay": (-1.0, float("inf")),
     "kl_limit": (float("nan"), -1.0),
     "clip_low": (-0.1, float("nan")),
+    "importance_sampling_cap": (-1.0, float("nan")),
     "dual_clip": (0.5, float("nan")),
     "seed": (-1, 2**70),
     "steps": (-1,),
