@@ -36,7 +36,7 @@ def test_a_dry_run_of_the_embedded_model_prints_no_zeros(flags, monkeypatch, cap
     assert "loading" not in [line[:14].rstrip() for line in lines], "2.5 M weights are less than 0.01 GB"
     numbers = [float(number) for line in lines for number in re.findall(r"\d+\.\d+", line)]
     assert numbers and min(numbers) >= 0.01
-    (last,) = (line for line in lines if line.startswith("The peak"))
+    (last,) = (line for line in lines if line.startswith("The predicted peak"))
     assert "8 GB" in last and "--micro-batch" in last
 
 
