@@ -42,7 +42,7 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
     assert training == pytest.approx(10 * (2 * (1 + 100) + 7 * 4) * layer), (
         "reference, policy, again, backward"
     )
-    assert evaluation == pytest.approx(ceil(2 * 30 / 4) * (1 + 100) * layer)
+    assert evaluation == pytest.approx(ceil(2 * 30 / 32) * (1 + 100) * layer)
     assert hours(card, **flags, beta=0)[0] == pytest.approx(10 * (2 * 101 + 7 * 3) * layer), "no reference"
     plain = hours(card, **flags, beta=0, gradient_checkpointing=False)[0]
     assert plain == pytest.approx(10 * (2 * 101 + 7 * 2) * layer), "nothing runs again"
@@ -50,7 +50,7 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
     assert four == pytest.approx(10 * (2 * 101 + 4 * 2 * 4) * layer)
     # On scenes there are six replies a cue before and after, and two for the baselines.
     scenes = hours(card, **flags, data="scenes")[1]
-    assert scenes == pytest.approx(ceil(14 * 30 / 4) * 101 * layer)
+    assert scenes == pytest.approx(ceil(14 * 30 / 32) * 101 * layer)
 
 
 def test_a_slow_memory_waits_for_the_bytes_of_weights_and_cache(monkeypatch):
@@ -86,7 +86,7 @@ def test_what_makes_a_run_longer(card):
     training, evaluation = hours(card)
     assert evaluation > 0 and 0 < training < 20
     assert hours(card, steps=600) == pytest.approx((2 * training, evaluation))
-    assert hours(card, eval_cues=1200) == pytest.approx((training, 2 * evaluation))
+    assert hours(card, eval_cues=1200) == pytest.approx((training, 2 * evaluation), rel=0.02), "whole batches"
     for flags in (dict(prompts=16), dict(max_new_tokens=512), dict(beta=0.01)):
         assert hours(card, **({"beta": 0.0} | flags))[0] > hours(card, beta=0.0)[0], flags
     for faster, slower in (("H100", "RTX 4090"), ("RTX 4090", "RTX 3090"), ("RTX 3090", "RTX 3060")):
@@ -101,7 +101,7 @@ def test_a_dry_run_predicts_the_hours_of_cards_with_enough_memory(monkeypatch, c
     out = capsys.readouterr().out
     assert "completions have 128 tokens on average" in out, "the assumed length"
     rows = re.findall(r"^(\w[\w ]*?) +(\d+) GB  .*, predicted$", out, re.MULTILINE)
-    peak = float(re.search(r"The peak is ([\d.]+) GB", out)[1])
+    peak = float(re.search(r"The predicted peak is ([\d.]+) GB", out)[1])
     assert [name for name, _ in rows] == [name for name, card in CARDS.items() if card[0] >= peak + 0.6]
     assert ("RTX 4060", "8") not in rows and ("RTX 3090", "24") in rows, "3B takes 9 GB in 16 bits"
     training, evaluation = hours("RTX 3090", steps=400, load_in_4bit=False)
