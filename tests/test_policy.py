@@ -341,6 +341,21 @@ def test_a_group_that_is_not_finite_has_no_tokens_and_changes_no_other(greedy, d
     assert torch.equal(joined.finite, rollouts.finite)
 
 
+def test_one_completion_that_is_not_finite_makes_its_whole_group_so(policy):
+    """Its keys and values are in the row that the group shares, where 0 · NaN is NaN."""
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    batch = collate(policy, encoded_prompts)
+    expected = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    other_tokens = torch.cat([batch.input_ids.flatten(), expected.tokens[1:].flatten()])
+    first_tokens = expected.tokens[0, :, 0][expected.mask[0, :, 1]]  # of completions that go past it
+    token = next(token for token in first_tokens if token not in other_tokens)
+    policy.base_model.get_input_embeddings().weight[token] = torch.inf
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    assert rollouts.finite.tolist() == [False, True, True]
+    assert torch.equal(rollouts.tokens[1:][rollouts.mask[1:]], expected.tokens[1:][expected.mask[1:]])
+
+
 @pytest.mark.parametrize("place", ["hidden state", "logits"])
 def test_damaged_weights_leave_no_group_finite(place, policy):
     _, batch, _ = sampled(policy)
