@@ -229,8 +229,11 @@ def measure_case(case: Case, folder: Path) -> dict[str, Any]:
 def check_memory(names: tuple[str, ...]) -> None:
     """Measures each case in a process of its own, so that no memory of a case counts in the next.
 
-    names: what of ON_GPU is measured, by model and card. Without CUDA: all of ON_CPU.
+    names: what of ON_GPU is measured, by model and card. Without CUDA: all of ON_CPU, or nothing.
     """
+    if not CUDA and not names:
+        print("not measured on a CPU")
+        return
     print(
         f"{'model':26}{'image':>10}{'card':>7}" + "".join(f"{name:>18}" for name in memory.LOWER) + "   step"
     )
@@ -757,7 +760,7 @@ PARTS: dict[str, Callable[[bool, Path], None]] = {
     "full-run": check_full_run,
     "memory": lambda small, models: check_memory(("Qwen2.5-VL-3B-Instruct 8", "Qwen2.5-VL-7B-Instruct 12")),
     "memory-more": lambda small, models: check_memory(
-        ("Qwen3-VL-4B-Instruct 8", "Qwen2.5-VL-7B-Instruct 16")
+        ("Qwen3-VL-4B-Instruct 8", "Qwen2.5-VL-7B-Instruct 16") if CUDA else ()
     ),
     "trl": lambda small, models: check_trl(),
 }
@@ -798,9 +801,11 @@ def run_part(name: str, given: list[str], models: Path) -> bool:
     try:
         outcome = f"exit status {process.wait(PART_SECONDS)}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         outcome = f"stopped after {PART_SECONDS} s"
+    finally:  # after Ctrl-C and SIGTERM too
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     print(f"--- {name}: {time.perf_counter() - start:.0f} s, {outcome}", flush=True)
     return process.returncode == 0
 
@@ -816,6 +821,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder of the random weights; default: a temporary one")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     if args.case and args.case[0] == "part":
         print(machine(), flush=True)
         PARTS[args.case[1]](args.small or not CUDA, args.models)
