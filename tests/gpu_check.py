@@ -39,6 +39,7 @@ from models import add_lora, load_policy, read_family
 from policy import Policy, collate, rollout, token_logps
 from training import dry_run, memory
 from training.checks import self_check
+from training.decoding import decoder
 from training.experiment import prepare
 from training.settings import resolve
 
@@ -75,6 +76,12 @@ class Tracker(TorchDispatchMode):
 
     def drop(self, key: int) -> None:
         self.current -= self.sizes.pop(key)
+
+    def synchronize(self) -> None:
+        """On a CPU everything is done when a call returns."""
+
+    def memory_reserved(self) -> int:
+        return self.current
 
     def add_model(self, model: nn.Module) -> None:
         for tensor in model.parameters():
@@ -223,7 +230,8 @@ def decoding_seconds(policy: Policy, batch: Any, num_generations: int, max_new_t
         generator = torch.Generator(policy.device).manual_seed(0)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        rollout(policy, batch, num_generations, num_tokens, generator)
+        decode = decoder(policy, num_generations, num_tokens)
+        rollout(policy, batch, num_generations, num_tokens, generator, decode)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[2] - seconds[1]

@@ -60,9 +60,11 @@ def test_metrics_have_one_line_per_step(run):
     assert [line["step"] for line in lines] == [0, 1, 2]
     expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "rollout_gap", "grad_norm"}
     expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
-    expected |= {"skipped", "lr", "seconds"}
+    expected |= {"skipped", "lr", "seconds", "memory/reserved_gb"}
+    phases = {"seconds/vision", "seconds/prefill", "seconds/decoding", "seconds/passes"}
     for line in lines:
-        assert set(line) == expected
+        assert set(line) == expected | phases
+        assert all(line[name] > 0 for name in phases) and sum(line[name] for name in phases) < line["seconds"]
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
         assert line["rollout_gap"] < 1e-3 and line["skipped"] == 0
     assert lines[0]["kl"] == 0, "the first step starts at the reference"
@@ -93,7 +95,8 @@ def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
     again = tmp_path / "again"
 
     def metrics(path: Path) -> list[dict]:
-        return [json.loads(x) | {"seconds": 0} for x in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        return [{key: line[key] for key in line if not key.startswith("seconds")} for line in lines]
 
     assert metrics(folder) == metrics(again)
     name = "adapter/adapter_model.safetensors"

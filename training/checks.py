@@ -11,6 +11,7 @@ from files.errors import UserError
 from policy import Batch, Policy, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, box_frame
 from reward import iou, reward
+from training.decoding import decoder
 from training.settings import FRAMES
 
 # Rollout against training pass: a quantile of the gaps per token, and the largest it may be, in nats. In 16
@@ -43,7 +44,8 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
     require((h != w).any(), "image tokens have one-dimensional positions: mm_token_type_ids are missing")
     # On some CPUs a pass without gradients repacks 4-bit weights, and no gradient passes them any more.
     before = prompt_gradient(policy, batch)
-    rollouts = rollout(policy, batch, G, max_new_tokens, torch.Generator(policy.device).manual_seed(seed))
+    generator, decode = torch.Generator(policy.device).manual_seed(seed), decoder(policy, G, max_new_tokens)
+    rollouts = rollout(policy, batch, G, max_new_tokens, generator, decode)
     cosine = F.cosine_similarity(before, prompt_gradient(policy, batch), dim=0).item()
     require(cosine > 0.999, f"after a rollout the gradient differs (cosine {cosine:.3f}): repacked weights?")
     varies = any(len(set(group)) > 1 for group in decode_completions(policy, rollouts))
