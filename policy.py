@@ -13,7 +13,6 @@ Shapes: B prompts, G completions each, P prompt tokens, T completion tokens, H h
 in attention Q queries, L columns, A heads, K heads of keys, D head size.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -208,9 +207,8 @@ class PreallocatedCacheLayer(DynamicLayer):
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None,
-    decode: Callable = run_text,
-) -> Rollout:  # fmt: skip
+    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None, decode=run_text
+) -> Rollout:
     """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
 
     The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the

@@ -3,7 +3,7 @@
 A decoding step sends a few tokens through many layers. It takes as long as its calls, not its arithmetic: a
 GPU waits for the next launch. The layers here compute what those of transformers and PEFT do, except that
 - LoRA is two products in the model's own dtype for all linear layers that read the same input (q, k and v;
-  gate and up). PEFT makes seven calls for each of them.
+  gate and up). PEFT makes seven calls for each of them. Into float32 weights it is merged, in a copy.
 - Heads that share keys are queries of one head, so no keys are copied. SDPA's `enable_gqa` copies none
   either, but with a mask it takes the slowest kernel of a GPU.
 - One additive mask serves all layers and all steps: each step opens its own columns in it.
@@ -36,21 +36,26 @@ def decoder(policy: Policy, num_generations: int, max_new_tokens: int) -> Callab
 class JointLinear:
     """Linear layers that read the same input: [N, in] to their outputs side by side, with their adapters."""
 
-    def __init__(self, dtype: torch.dtype, *linears: nn.Module):
-        self.bases = [linear.base_layer for linear in linears]
-        # Side by side, the A of all layers are one product; on a diagonal, so are their B.
-        A = torch.cat([linear.lora_A["default"].weight for linear in linears])  # [R, in]
-        B = [linear.lora_B["default"].weight * linear.scaling["default"] for linear in linears]
-        self.A, self.B = A.T.to(dtype).contiguous(), torch.block_diag(*B).T.to(dtype).contiguous()
+    def __init__(self, dtype: torch.dtype, *layers: nn.Module):
+        self.bases = [layer.base_layer for layer in layers]
+        # Side by side, the A of all layers are one product, [R, in]; on a diagonal, so are their B, [out, R].
+        A = torch.cat([layer.lora_A["default"].weight for layer in layers])
+        B = torch.block_diag(*(layer.lora_B["default"].weight * layer.scaling["default"] for layer in layers))
+        self.A, self.B = A.T.to(dtype).contiguous(), B.T.to(dtype).contiguous()
+        # Merged into a copy of float32 weights. In 16 bit the sum would be rounded, and the copy fill a GPU.
+        is_plain = all(type(base) is nn.Linear and base.bias is None for base in self.bases)
+        if is_plain and dtype == torch.float32:
+            weight = torch.cat([base.weight for base in self.bases]) + B @ A  # [out, in]
+            self.bases, self.A = [lambda x: F.linear(x, weight)], None
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [base(x) for base in self.bases]
         y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]  # [N, out]
-        return torch.addmm(y, x @ self.A, self.B)
+        return y if self.A is None else torch.addmm(y, x @ self.A, self.B)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Rounds before the weight too, as transformers does: in 16 bit the training pass would be further off."""
+    """Rounds before the weight too, as transformers does: closer to the training pass in 16 bit."""
     return norm.weight * F.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)
 
 
@@ -58,8 +63,8 @@ class FusedLayer:
     """A text layer of Qwen2.5-VL or Qwen3-VL, for the tokens of one decoding step."""
 
     def __init__(self, layer: nn.Module):
-        self.layer, dtype = layer, layer.input_layernorm.weight.dtype
-        self.attention, self.mlp = attention, mlp = layer.self_attn, layer.mlp
+        self.layer, attention, mlp = layer, layer.self_attn, layer.mlp
+        dtype = layer.input_layernorm.weight.dtype
         self.qkv = JointLinear(dtype, attention.q_proj, attention.k_proj, attention.v_proj)
         self.out, self.down = JointLinear(dtype, attention.o_proj), JointLinear(dtype, mlp.down_proj)
         self.gate_up = JointLinear(dtype, mlp.gate_proj, mlp.up_proj)
@@ -71,14 +76,13 @@ class FusedLayer:
         mask: additive, [B, 1, G·A/K, L]. cache: keys and values of the layer, [B, L or more, 2K, D];
         columns: where those of this step go.
         """
-        (B, _, _, D), (cos, sin), L = cache.shape, rotary, mask.shape[-1]
-        G, K = cos.shape[1], cache.shape[2] // 2
+        (B, _, _, D), (cos, sin), attention = cache.shape, rotary, self.layer.self_attn
+        G, K, L = cos.shape[1], cache.shape[2] // 2, mask.shape[-1]
         heads = self.qkv(rms_norm(x, self.layer.input_layernorm)).view(B, G, -1, D)  # [B, G, A + 2K, D]
         heads, value = heads[:, :, :-K], heads[:, :, -K:]
-        if hasattr(self.attention, "q_norm"):  # Qwen3-VL
-            query, key = heads[:, :, :-K], heads[:, :, -K:]
-            query, key = rms_norm(query, self.attention.q_norm), rms_norm(key, self.attention.k_norm)
-            heads = torch.cat([query, key], 2)  # [B, G, A + K, D]
+        if hasattr(attention, "q_norm"):  # Qwen3-VL
+            key = rms_norm(heads[:, :, -K:], attention.k_norm)
+            heads = torch.cat([rms_norm(heads[:, :, :-K], attention.q_norm), key], 2)  # [B, G, A + K, D]
         # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x.
         heads = heads * cos + heads.roll(D // 2, -1) * sin
         query, key = heads[:, :, :-K], heads[:, :, -K:]
@@ -86,10 +90,10 @@ class FusedLayer:
         keys, values = cache[:, :L].transpose(1, 2).chunk(2, 1)  # [B, K, L, D] each
         # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
         query = query.view(B, G, K, -1, D).transpose(1, 2).reshape(B, K, -1, D)  # [B, K, G·A/K, D]
-        out = F.scaled_dot_product_attention(query, keys, values, mask, scale=self.attention.scaling)
+        out = F.scaled_dot_product_attention(query, keys, values, mask, scale=attention.scaling)
         x = x + self.out(out.view(B, K, G, -1, D).transpose(1, 2).reshape(B * G, -1))
         gate, up = self.gate_up(rms_norm(x, self.layer.post_attention_layernorm)).chunk(2, 1)
-        return x + self.down(self.mlp.act_fn(gate) * up)
+        return x + self.down(self.layer.mlp.act_fn(gate) * up)
 
 
 class FusedDecoder:
@@ -108,16 +112,16 @@ class FusedDecoder:
         """What `run_text` returns for these arguments; of prompts only the last hidden states, [B, 1, H]."""
         input_ids, segment_ids, position_ids, prompts, _ = args
         if prompts is None:
-            return self.step(input_ids, position_ids)
-        (B, P), hidden, config, dtype = input_ids.shape, [], self.text.config, policy.base_model.dtype
-        K, share = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        self.length, L = P, -(-(P + self.max_columns) // 8) * 8
+            return self.step(input_ids, segment_ids.shape[1], position_ids)
+        (B, P), hidden, attention = input_ids.shape, [], self.text.layers[0].self_attn
+        K, share = self.text.config.num_key_value_heads, attention.num_key_value_groups
+        L = -(-(P + self.max_columns) // 8) * 8
         # log 1 = 0 shows a column, log 0 = −∞ hides it: at first, all but those of the prompt.
-        is_visible = F.pad((segment_ids == 0).to(dtype), (0, L - P))  # [B, L]
+        is_visible = F.pad((segment_ids == 0).to(policy.base_model.dtype), (0, L - P))  # [B, L]
         self.mask = is_visible.log()[:, None, None].repeat(1, 1, self.G * share, 1)  # [B, 1, G·A/K, L]
         self.own_column = torch.eye(self.G).log().to(self.mask).repeat_interleave(share, 0)  # [G·A/K, G]
         # Zeros, not empty: a hidden column counts 0 times its value, which must not be NaN.
-        self.cache = self.mask.new_zeros(len(self.layers), B, L, 2 * K, self.layers[0].attention.head_dim)
+        self.cache = self.mask.new_zeros(len(self.layers), B, L, 2 * K, attention.head_dim)
         for i in range(0, B, PROMPTS_PER_PASS):
             rows, part = slice(i, i + PROMPTS_PER_PASS), DynamicCache()
             tensors = input_ids[rows], segment_ids[rows], position_ids[:, rows]
@@ -127,14 +131,13 @@ class FusedDecoder:
                 cache[rows, :P] = torch.cat([layer.keys, layer.values], 1).transpose(1, 2)  # [rows, P, 2K, D]
         return torch.cat(hidden)
 
-    def step(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The hidden states [B, G, H] of the newest tokens [B, G]."""
-        columns = slice(self.length, self.length + self.G)
-        self.length = columns.stop
+    def step(self, input_ids: Tensor, length: int, position_ids: Tensor) -> Tensor:
+        """The hidden states [B, G, H] of the newest tokens [B, G], the last of `length` columns."""
+        columns = slice(length - self.G, length)
         # A finished completion still sees its own columns: nothing reads what it computes.
         self.mask[..., columns] = self.own_column
         # Kernels want a multiple of 8 columns. The mask hides those that are not written yet.
-        mask = self.mask[..., : -(-self.length // 8) * 8]  # [B, 1, G·A/K, L]
+        mask = self.mask[..., : -(-length // 8) * 8]  # [B, 1, G·A/K, L]
         x = self.text.embed_tokens(input_ids)  # [B, G, H]
         cos, sin = (part[:, :, None] for part in self.text.rotary_emb(x, position_ids))  # [B, G, 1, D] each
         first, second = sin.chunk(2, -1)

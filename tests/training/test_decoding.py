@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from count_dispatches import LIMIT, build_policy, count_step, launches
 from peft.tuners.lora import LoraLayer
 from random_models import KINDS, prompts, random_policy, with_adapter
 
@@ -74,16 +75,19 @@ def test_a_mask_that_shows_other_completions_is_noticed(policy, monkeypatch):
 
 
 def test_a_joint_layer_adds_what_peft_adds(policy):
-    """In float32: to rounding. The layers are adapted, and differ from their base."""
+    """As two products (Qwen2.5-VL's layers have a bias) and merged (Qwen3-VL's have none)."""
     attention, x = policy.base_model.model.language_model.layers[0].self_attn, torch.randn(5, 64)
-    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
     with torch.no_grad():
-        joint, expected = (
-            JointLinear(torch.float32, *linears)(x),
-            torch.cat([linear(x) for linear in linears], 1),
-        )
-        base = torch.cat([linear.base_layer(x) for linear in linears], 1)
-    assert torch.allclose(joint, expected, atol=1e-5) and not torch.allclose(joint, base, atol=1e-2)
+        joint = JointLinear(torch.float32, *layers)
+        expected = torch.cat([layer(x) for layer in layers], 1)
+        base = torch.cat([layer.base_layer(x) for layer in layers], 1)
+        assert torch.allclose(joint(x), expected, atol=1e-5)
+        assert not torch.allclose(base, expected, atol=1e-2), "the adapter adds nothing"
+        weights = [layer.base_layer.weight.clone() for layer in layers]
+    is_merged = joint.A is None
+    assert is_merged == (layers[0].base_layer.bias is None)
+    assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(layers, weights, strict=True))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["bf16", "4 bit"])
@@ -163,3 +167,9 @@ def test_training_samples_with_the_fused_decoder_and_seconds_add_up(monkeypatch)
     monkeypatch.setattr("locus_mini.decoder", lambda *args: run_text)
     # A trained model is sharper than a random one, so rounding moves it further.
     assert_same(fused, sample_completions(policy, batch, 0, cfg), atol=1e-4)
+
+
+def test_a_decoding_step_calls_few_operators(tmp_path):
+    """Of a 3B model with 36 layers in 4 bit: counted on one and two layers, which add up."""
+    counts = [launches(count_step(build_policy(tmp_path / f"{n}", n), True)) for n in (1, 2)]
+    assert counts[0] + 35 * (counts[1] - counts[0]) <= LIMIT
