@@ -43,9 +43,10 @@ from policy import Policy, Rollout, collate, decode_completions, rollout, token_
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
 from training import checks, pictures, run_folder
+from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
 from training.experiment import open_experiment, run_experiment
-from training.memory import phase
+from training.memory import phase, step_metrics
 from training.metrics import completion_metrics
 
 FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
@@ -178,9 +179,11 @@ def sample_completions(policy: Policy, batch: list[Example], step: int, cfg: Con
     # Seeded by the step, so that a resumed run samples what an uninterrupted one would.
     generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
     prompts, batch_size = [example.prompt for example in batch], cfg.rollout_batch
-    parts = [collate(policy, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    with phase("vision"):  # the image features, which later passes reuse
+        parts = [collate(policy, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     limits = (cfg.num_generations, cfg.max_new_tokens)
-    return Rollout.join([rollout(policy, part, *limits, generator) for part in parts])
+    # decoder: the text layers as `rollout` would run them itself, in fewer calls.
+    return Rollout.join([rollout(policy, p, *limits, generator, decoder(policy, *limits)) for p in parts])
 
 
 def score(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
@@ -324,7 +327,7 @@ def train_step(
 
     batch: the result of `sample_batch` for this step, if it was prepared ahead.
     """
-    started = time.monotonic()
+    started, _ = time.monotonic(), step_metrics()  # seconds are counted from here
     # 1. Sample a batch: cues of this step, each with its image, its crop and its target box.
     batch = batch or sample_batch(policy.processor, cues, step, cfg, task.encode)
     # 2. Roll out: G completions of each prompt.
@@ -347,7 +350,7 @@ def train_step(
     # To show: the group that teaches most.
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
     group = Group(batch[b], completions[b], scored[b], advantages[b].tolist())
-    return metrics | {"seconds": time.monotonic() - started}, group
+    return metrics | {"seconds": time.monotonic() - started} | step_metrics(), group
 
 
 # ---------------------------------------------------------------- the training loop and the command line

@@ -25,12 +25,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prompts import EncodedPrompt, Processor
 
 LOGIT_CHUNK_SIZE = 2**24  # logits that exist at once while completions are scored: 67 MB in float32
-MAX_DECODE_QUERIES = 64  # queries per row up to which attention shares its keys instead of copying them
 MAX_PATCHES_PER_PASS = 2**15  # image patches in one pass of the vision tower
 
 
@@ -52,27 +50,6 @@ class Policy:
     def reference(self) -> AbstractContextManager:
         """Inside this context the policy is the reference model: its adapter is switched off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
-
-
-def grouped_query_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """SDPA for transformers, in which the heads that share keys are queries of one head, if there are few.
-
-    query: [B, A, Q, D]; key, value: [B, K, L, D]; attention_mask: [B, 1, Q, L]. transformers copies the keys
-    for each of the A heads, so every token of a rollout would write and read several times its cache.
-    """
-    (B, A, Q, D), heads_per_key = query.shape, query.shape[1] // key.shape[1]
-    if attention_mask is None or Q > MAX_DECODE_QUERIES or heads_per_key == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
-    query = query.reshape(B, A // heads_per_key, heads_per_key * Q, D)  # [B, K, A/K·Q, D]
-    mask = attention_mask.repeat(1, 1, heads_per_key, 1)  # [B, 1, A/K·Q, L]
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scaling"))
-    return out.reshape(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
-
-
-hf.AttentionInterface.register("sdpa", grouped_query_attention)
 
 
 @dataclass
@@ -174,8 +151,10 @@ def run_text(
         encoded["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
     mask = group_mask(segment_ids, input_ids.shape[1])  # [B, 1, Q, L]
     kwargs = dict(past_key_values=cache, use_cache=cache is not None, mm_encoder_outputs=encoded)
-    model = policy.base_model.model
-    return model(input_ids, attention_mask=mask, position_ids=position_ids, **kwargs).last_hidden_state
+    model, device = policy.base_model.model, policy.device.type
+    # On a GPU the adapter's products run in 16 bit, as the model's do; its weights stay float32.
+    with torch.autocast(device, policy.base_model.dtype, enabled=device == "cuda"):
+        return model(input_ids, attention_mask=mask, position_ids=position_ids, **kwargs).last_hidden_state
 
 
 # ---------------------------------------------------------------- rollout
@@ -215,15 +194,12 @@ class PreallocatedCacheLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
-        start, end, self.is_initialized = self.length, self.length + keys.shape[2], True
-        # Doubling the capacity copies each column about once, not once per token.
-        if start == 0 or end > self.keys.shape[2]:
-            (B, K, _, D), capacity = keys.shape, min(self.max_columns, 2 * end)
-            old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, capacity, D)
-            if start > 0:
-                self.keys[:, :, :start], self.values[:, :, :start] = (part[:, :, :start] for part in old)
-        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = keys, values, end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if self.length == 0:
+            (B, K, _, D), self.is_initialized = keys.shape, True
+            self.keys, self.values = keys.new_empty(2, B, K, self.max_columns, D)
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = keys, values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -231,19 +207,19 @@ class PreallocatedCacheLayer(DynamicLayer):
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None
+    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None, decode=run_text
 ) -> Rollout:
     """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
 
     The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the
     cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g (from 0).
+    decode: `run_text`, or what computes the same in fewer calls (training/decoding.py).
     """
     G, segment_ids = num_generations, batch.segment_ids
     # Read the prompts once, and keep their keys and values.
     num_columns = batch.input_ids.shape[1] + G * max_new_tokens
-    num_layers = policy.base_model.config.get_text_config().num_hidden_layers
-    cache = hf.Cache(layers=[PreallocatedCacheLayer(num_columns) for _ in range(num_layers)])
-    hidden = run_text(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
+    cache = hf.Cache(layer_class_to_replicate=lambda: PreallocatedCacheLayer(num_columns))
+    hidden = decode(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
     unfinished = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
@@ -266,7 +242,7 @@ def rollout(
         # A finished completion still fills its column, as padding that nothing sees.
         segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_numbers, -1)], 1)
         position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
-        hidden = run_text(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
+        hidden = decode(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
     # A NaN anywhere in a hidden state or in its logits is one in the token's log-probability too.
     finite = logps.isfinite().all(-1).all(-1)  # [B]: a group shares its prompt, so it is finite as a whole

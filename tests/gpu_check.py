@@ -52,6 +52,7 @@ from policy import Batch, Policy, Rollout, collate, rollout, token_logps
 from prompts import EncodedPrompt
 from tiny import scenes
 from training import dry_run, memory
+from training.decoding import decoder
 from training.experiment import prepare
 from training.settings import Config, resolve
 
@@ -438,7 +439,11 @@ def decoding_rate(
     batch = collate(policy, prompts)
 
     def sample(num_tokens: int) -> None:
-        rollout(policy, batch, num_generations, num_tokens, None if greedy else generator())
+        if greedy:  # evaluation
+            rollout(policy, batch, num_generations, num_tokens)
+        else:
+            decode = decoder(policy, num_generations, num_tokens)
+            rollout(policy, batch, num_generations, num_tokens, generator(), decode)
 
     sample(2)  # warms up
     return (seconds_of(lambda: sample(length)) - seconds_of(lambda: sample(2))) / (length - 2)
@@ -510,7 +515,8 @@ def profile_decoding(policy: Policy, prompts: list[EncodedPrompt], num_generatio
     for num_tokens in (2, 10):
         synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            rollout(policy, batch, num_generations, num_tokens, generator())
+            decode = decoder(policy, num_generations, num_tokens)
+            rollout(policy, batch, num_generations, num_tokens, generator(), decode)
             synchronize()
         events = recorded.key_averages()
         busy.append(sum(event.self_device_time_total for event in events) / 1e3)

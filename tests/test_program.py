@@ -64,8 +64,11 @@ def test_metrics_have_one_line_per_step(run):
     expected |= {"sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"}
     expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
     expected |= {"frac_groups_not_finite", "skipped", "lr", "seconds"}
+    expected |= {"memory/reserved_gb"}
+    phases = {"seconds/vision", "seconds/prefill", "seconds/decoding", "seconds/passes"}
     for line in lines:
-        assert set(line) == expected
+        assert set(line) == expected | phases
+        assert all(line[name] > 0 for name in phases) and sum(line[name] for name in phases) < line["seconds"]
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
         assert line["sampling/sampling_logp_difference/mean"] < 1e-4
         assert line["skipped"] == line["frac_groups_not_finite"] == 0
@@ -98,7 +101,8 @@ def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
     again = tmp_path / "again"
 
     def metrics(path: Path) -> list[dict]:
-        return [json.loads(x) | {"seconds": 0} for x in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        return [{key: line[key] for key in line if not key.startswith("seconds")} for line in lines]
 
     assert metrics(folder) == metrics(again)
     name = "adapter/adapter_model.safetensors"

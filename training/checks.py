@@ -12,6 +12,7 @@ from files.errors import UserError
 from policy import Batch, Policy, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, box_frame
 from reward import iou, reward
+from training.decoding import decoder
 from training.settings import FRAMES
 
 # Rollout against training pass: statistics of the gaps per token, and their limits in nats. In 16 bits the
@@ -50,7 +51,8 @@ def self_check(policy: Policy, prompts: list[EncodedPrompt], G: int, max_new_tok
     require((h != w).any(), "image tokens have one-dimensional positions: mm_token_type_ids are missing")
     # On some CPUs a pass without gradients repacks 4-bit weights, and no gradient passes them any more.
     before = prompt_gradient(policy, batch)
-    rollouts = rollout(policy, batch, G, max_new_tokens, torch.Generator(policy.device).manual_seed(seed))
+    generator, decode = torch.Generator(policy.device).manual_seed(seed), decoder(policy, G, max_new_tokens)
+    rollouts = rollout(policy, batch, G, max_new_tokens, generator, decode)
     if not rollouts.finite.any():
         raise UserError(NOT_FINITE.format(policy.base_model.dtype))
     # In float16 single images overflow, and training leaves their groups out: the others are checked.
