@@ -166,11 +166,8 @@ def test_an_image_that_is_not_finite_leaves_the_others_to_be_checked(monkeypatch
     encoded_prompts = prompts(policy, 3)
     make_infinite(policy, encoded_prompts[1])
     assert self_check(policy, encoded_prompts, 4, 12, seed=0)["rollout_gap"] < 1e-4
-    policy.logit_bias = torch.zeros_like(policy.logit_bias)
-    policy.logit_bias[:20] = -torch.inf
     original = policy_module.target_logps
     monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
-    policy.logit_bias[policy.base_model.config.image_token_id] = -torch.inf
     with pytest.raises(UserError, match="disagree"):
         self_check(policy, encoded_prompts, 4, 12, seed=0)
 
