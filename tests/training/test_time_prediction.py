@@ -4,12 +4,14 @@ import re
 import sys
 import time
 from math import ceil
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 
 import locus_mini
+from evaluation.reply_cache import default_batch_size
 from models import add_lora, load_policy, read_family
 from training import time_prediction
 from training.dry_run import empty_model
@@ -19,6 +21,7 @@ from training.time_prediction import CARDS, LAYER_SECONDS, measure_hours, predic
 QWEN_3B = str(families.FOLDER / "Qwen2.5-VL-3B-Instruct")
 CONFIG, FAMILY = read_family(QWEN_3B)
 MODEL = empty_model(CONFIG)
+BATCH = default_batch_size(SimpleNamespace(device=torch.device("cuda")))  # prompts of an evaluation
 
 
 def settings(**flags) -> Config:
@@ -42,7 +45,7 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
     assert training == pytest.approx(10 * (2 * (1 + 100) + 7 * 4) * layer), (
         "reference, policy, again, backward"
     )
-    assert evaluation == pytest.approx(ceil(2 * 30 / 4) * (1 + 100) * layer)
+    assert evaluation == pytest.approx(ceil(2 * 30 / BATCH) * (1 + 100) * layer)
     assert hours(card, **flags, beta=0)[0] == pytest.approx(10 * (2 * 101 + 7 * 3) * layer), "no reference"
     plain = hours(card, **flags, beta=0, gradient_checkpointing=False)[0]
     assert plain == pytest.approx(10 * (2 * 101 + 7 * 2) * layer), "nothing runs again"
@@ -50,7 +53,7 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
     assert four == pytest.approx(10 * (2 * 101 + 4 * 2 * 4) * layer)
     # On scenes there are six replies a cue before and after, and two for the baselines.
     scenes = hours(card, **flags, data="scenes")[1]
-    assert scenes == pytest.approx(ceil(14 * 30 / 4) * 101 * layer)
+    assert scenes == pytest.approx(ceil(14 * 30 / BATCH) * 101 * layer)
 
 
 def test_a_slow_memory_waits_for_the_bytes_of_weights_and_cache(monkeypatch):
