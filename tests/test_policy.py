@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from random_models import make_infinite, prompts, random_policy, with_adapter
-from transformers.cache_utils import DynamicLayer
 
 import policy as policy_module
 from evaluation.reply_cache import generate_replies
@@ -257,17 +256,6 @@ def test_rollouts_of_parts_of_a_batch_join_to_one(policy):
     with torch.no_grad():
         logps = token_logps(policy, collate(policy, encoded_prompts), rollouts.tokens, rollouts.mask)
     assert torch.allclose(logps, rollouts.logps, atol=1e-4)
-
-
-def test_a_preallocated_cache_holds_the_same_as_one_that_appends():
-    torch.manual_seed(0)
-    preallocated, appending = policy_module.PreallocatedCacheLayer(40), DynamicLayer()
-    for num_columns in (7, 3, 3, 3, 3, 15, 6):
-        keys, values = torch.randn(2, 2, 3, num_columns, 4)  # [B, K, Q, D] each
-        result, expected = preallocated.update(keys, values), appending.update(keys, values)
-        assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
-        assert preallocated.get_seq_length() == appending.get_seq_length()
-        assert preallocated.keys.shape[2] == 40
 
 
 def test_image_features_are_the_same_in_several_passes(policy, monkeypatch):
