@@ -344,7 +344,7 @@ def one_step(policy: Policy, examples: list[Example], rollouts: Rollout, cfg: Co
     optimizer = torch.optim.AdamW(trainable_params)
     task = replace(LOCUS, sample=lambda *_: rollouts, score=random_rewards)
     metrics, _ = train_step(policy, optimizer, None, 0, cfg, task, examples)
-    metrics.pop("seconds")
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
     return metrics, torch.cat([p.detach().flatten() for p in trainable_params])
 
 

@@ -70,6 +70,9 @@ class Meter:
         self.peak = max(self.peak, self.allocated)
         self.reserved = max(self.reserved, -(-self.allocated // 100) * 100)
 
+    def synchronize(self) -> None:
+        """Nothing is in flight."""
+
     def max_memory_allocated(self) -> int:
         return self.peak
 
