@@ -5,9 +5,8 @@
 
 What differs from textbook GRPO:
 - A group shares its prompt: the two images are read once per prompt, not once per completion (policy.py).
-- π_old is the training pass's own first value, not the rollout's. The two passes use different kernels, so
-  their log-probabilities differ before anything is learned, above all in 4 bit. Truncated importance sampling
-  corrects what that changes in the gradient.
+- π_old is the training pass's own first value, not the rollout's. The kernels of the two differ, above all in
+  4 bit, and truncated importance sampling corrects what that changes in the gradient.
 - The loss is a mean over the tokens of the whole optimizer step, so the micro-batch size changes nothing.
 - The clip range is wider above (0.3) than below (0.2), and a dual clip bounds the loss of completions with a
   negative advantage: both as in the paper's framework.
@@ -38,7 +37,6 @@ from tqdm import tqdm
 
 from data import Cue, Cues, encode_cue
 from evaluation.scores import mean
-from models import add_lora
 from policy import Policy, Rollout, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
@@ -304,7 +302,6 @@ class Task:
     sample: Callable = sample_completions  # (policy, batch, step, cfg) -> Rollout
     score: Callable = score  # (completions, example, cfg) -> list[Reward]
     update: Callable = update_policy  # (policy, optimizer, batch, rollouts, advantages, step, cfg) -> metrics
-    adapt: Callable = add_lora  # (policy, rank, seed) -> Policy with trainable parameters
 
 
 LOCUS = Task()
@@ -390,7 +387,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
 
 def run(flags: dict[str, Any], task: Task = LOCUS) -> None:
     """A run, new or resumed: measure the base model on held-out cues, train, measure again."""
-    experiment = open_experiment(flags, task.name, task.adapt)
+    experiment = open_experiment(flags, task.name)
     run_experiment(experiment, partial(train, task=task), task.encode)
 
 

@@ -72,8 +72,7 @@ def load_policy(
 ) -> Policy:  # fmt: skip
     """Model, tokenizer and image processor of a folder or hub id; 4-bit if asked (default: where CUDA is).
 
-    dtype: of what is not 4-bit (default: the device's). cpu: leave the GPU alone. UserError where the model
-    cannot be loaded.
+    dtype: of what is not 4-bit (default: the device's). cpu: use no GPU. UserError where loading fails.
     """
     # cuDNN attention plans anew for every length, 20 to 40 ms for each token of a rollout.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -33,7 +33,7 @@ from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from files.disk import fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error
 from locus_mini import apply_gradients, learning_rate, train
-from models import load_policy
+from models import add_lora, load_policy
 from paper import report
 from paper.claims import collect, read_json
 from paper.variants import VARIANTS, variant_flags
@@ -63,7 +63,6 @@ ROWS_OF_FIRST_SEED: dict[str, dict[str, Any]] = {
     **{f"KL {kl:g}": {"beta": kl} for kl in (0.0, 0.01, 0.16)},
     **{f"G = {group}": {"num_generations": group} for group in (2, 4, 16)},
     **{f"LoRA rank {rank}": {"lora_rank": rank} for rank in (4, 64)},
-    "all weights, lr 1e-4": {"variant": "all_weights", "lr": 1e-4},
     "SFT, a third of the rate": {"variant": "sft", "lr": 7e-4 / 3},
 }
 FLAGS = {"base": {}} | ROWS_OF_EVERY_SEED | ROWS_OF_FIRST_SEED
@@ -115,7 +114,7 @@ def run_row(name: str, seed: int, folder: Path, steps: int, n: int) -> float:
     cfg, _ = resolve(variant_flags(variant, flags), policy.processor.family)
     folder.mkdir(exist_ok=True)
     if name != "base":
-        policy = task.adapt(policy, cfg.lora_rank, seed)
+        policy = add_lora(policy, cfg.lora_rank, seed)
     if name in PRETRAINING:
         pretrain(policy, OBJECT_COUNTS[PRETRAINING[name]], cfg, folder)
     elif name != "base":

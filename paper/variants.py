@@ -132,29 +132,6 @@ def imitate_best(
     return update_policy(policy, optimizer, batch, best, better, *rest, sft_loss)
 
 
-# ---------------------------------------------------------------- all weights
-
-
-def all_weights(policy: Policy, rank: int = 0, seed: int = 0) -> Policy:
-    """The text layers' own linear maps are trained instead of an adapter; a frozen copy is the reference.
-
-    PEFT keeps the copy, so checkpoints, adapter folder and reference work as with LoRA. For the embedded
-    model alone: a large one would need several times its own memory. `rank` is ignored.
-    """
-    if policy.processor.family.template != "short":
-        raise UserError("The variant all_weights is for the embedded model alone: leave out --model.")
-    from peft import LoraConfig, get_peft_model
-
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    torch.manual_seed(seed)
-    # PEFT requires a LoRA layer too: this one is never trained, so it stays 0.
-    config = LoraConfig(r=1, target_modules=r".*visual\.merger\.linear_fc2", modules_to_save=linear)
-    model = get_peft_model(policy.model, config).eval()
-    for weight in (weight for name, weight in model.named_parameters() if "lora_" in name):
-        weight.requires_grad_(False)
-    return replace(policy, model=model)
-
-
 # ---------------------------------------------------------------- the variants, and the command line
 
 
@@ -178,9 +155,6 @@ VARIANTS = {
     "random": Variant("a random reward", Task("random", score=score_randomly)),
     "shuffled": Variant("the box of another object of the scene as the target", SHUFFLED, scenes_only=True),
     "questions": Variant("questions on the full image instead of cues", QUESTIONS, scenes_only=True),
-    "all_weights": Variant(
-        "the text layers' own weights, no adapter", Task("all_weights", adapt=all_weights)
-    ),
 }
 
 

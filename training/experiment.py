@@ -36,10 +36,10 @@ class Experiment:
 
 
 @phase("loading")
-def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple[Policy, Config, dict]:
+def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
     """The policy that the flags name, with trainable parameters; every setting, and where it comes from.
 
-    adapt: (policy, rank, seed) -> policy with trainable parameters; dtype: as for `load_policy`.
+    dtype: as for `load_policy`.
     """
     model, cpu = flags.get("model", "tiny"), flags.get("cpu", False)
     check_device(model, *device_and_dtype(cpu), cpu)
@@ -51,7 +51,7 @@ def prepare(flags: dict, adapt: Callable = add_lora, dtype: Any = None) -> tuple
     policy.processor.family = replace(family, image_pixels=image_range, crop_pixels=crop_range, cue_text=text)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
-    return adapt(policy, cfg.lora_rank, cfg.seed), cfg, origin
+    return add_lora(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
 def open_run_cues(cfg: Config) -> tuple[Cues, Cues, list[Path | None]]:
@@ -62,7 +62,7 @@ def open_run_cues(cfg: Config) -> tuple[Cues, Cues, list[Path | None]]:
     return cues, open_cues(cfg.data, "heldout", 0, CueConfig(), **files), [*files.values()]
 
 
-def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora) -> Experiment:
+def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     """Loads the model, opens the cues and the folder of a new or resumed run, and prints its settings.
 
     UserError if a resumed run has other settings or inputs now.
@@ -71,7 +71,7 @@ def open_experiment(flags: dict[str, Any], task: str, adapt: Callable = add_lora
     flags = absolute_paths(flags)
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
-    policy, cfg, origin = prepare(flags, adapt)
+    policy, cfg, origin = prepare(flags)
     cues, heldout_cues, files = open_run_cues(cfg)
     folder = folder or run_folder.new_folder(cfg.out)
     input_files = run_folder.input_files(*files, cfg.cue_prompt, Path(cfg.data))

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_models import prompts, random_policy
+from random_models import prompts
 
 import locus_mini
 from data import CueConfig, encode_cue, scene_cues
 from evaluation.heldout import target_object
 from files.errors import UserError
 from locus_mini import Example, grpo_loss, token_weights
-from models import add_lora, load_adapter, load_policy
+from models import add_lora, load_policy
 from paper.variants import (
     VARIANTS,
-    all_weights,
     best_completions,
     main,
     question_of,
@@ -24,10 +23,9 @@ from paper.variants import (
     sft_loss,
     variant_flags,
 )
-from policy import Rollout, collate, decode_completions, rollout, token_logps
+from policy import Rollout, collate, decode_completions, rollout
 from reward import reward
 from tiny import scenes
-from training.run_folder import save_adapter
 from training.settings import Config, resolve
 
 CUES, CFG = scene_cues(CueConfig(), "train", 5), Config()
@@ -154,38 +152,7 @@ def test_questions_are_rewarded_by_their_answer_on_the_full_image_alone(tiny):
     assert kinds == {"place", "attribute"}
 
 
-def test_training_all_weights_leaves_the_reference_unchanged(tmp_path, batch):
-    policy = all_weights(load_policy("tiny"))
-    trainable = {n.split(".")[-3] for n, p in policy.model.named_parameters() if p.requires_grad}
-    assert trainable == {"modules_to_save"}
-    batch = collate(policy, [example.prompt for example in batch])
-    rollouts = rollout(policy, batch, 2, 12, torch.Generator().manual_seed(0))
-    before = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
-    cfg, _ = resolve({}, policy.processor.family)
-    parts = [(batch, rollouts, torch.tensor([[1.0, -1.0]] * 6), None)]
-    locus_mini.optimizer_step(policy, optimizer, parts, cfg)
-    with torch.no_grad():
-        after = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
-        with policy.reference():
-            reference = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
-    assert torch.equal(reference, before.detach())
-    assert (after - before).abs().max() > 0.01
-    save_adapter(policy.model, tmp_path / "adapter")
-    loaded = load_adapter(load_policy("tiny"), tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.allclose(token_logps(loaded, batch, rollouts.tokens, rollouts.mask), after, atol=1e-5)
-
-
-def test_all_weights_are_for_the_embedded_model_alone():
-    policy = random_policy("qwen2_5_vl")
-    with pytest.raises(UserError, match="all_weights"):
-        all_weights(policy)
-
-
-@pytest.mark.parametrize(
-    "command", ["sft", "best", "random", "shuffled", "questions", "all_weights --lr 1e-4"]
-)
+@pytest.mark.parametrize("command", ["sft", "best", "random", "shuffled", "questions"])
 def test_every_control_trains_and_resumes_where_it_was_stopped(command, tmp_path, monkeypatch):
     """Two steps and, after a stop, a third are three steps."""
     variant, *flags = command.split()
