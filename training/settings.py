@@ -97,8 +97,7 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
     if cfg.prompts % cfg.updates:
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
     if cfg.crop_min_pixels > cfg.crop_pixels:
-        limits = f"--crop-min-pixels {cfg.crop_min_pixels} is above --crop-pixels {cfg.crop_pixels}"
-        raise UserError(f"{limits}: lower the first, or raise the second.")
+        raise UserError(f"--crop-min-pixels {cfg.crop_min_pixels} is above {cfg.crop_pixels}: lower it.")
     return cfg, origin
 
 
@@ -157,8 +156,7 @@ def read_cue_prompt(path: str | Path | None) -> str:
     unknown = set(re.findall(r"\{\w*\}|<image>|<\|\w+\|>|\ufffd", text)) - {"{units}", "{think}"}
     if unknown or (path and not text):
         problem = f"contains {min(unknown)}" if unknown else "is empty"
-        remedy = "give a text in UTF-8, with {units} and {think} as its only placeholders"
-        raise UserError(f"--cue-prompt {path} {problem}: {remedy}.")
+        raise UserError(f"--cue-prompt {path} {problem}: give UTF-8 text with {{units}} and {{think}} alone.")
     return text
 
 

@@ -21,9 +21,10 @@ from training.settings import Config
 
 TEXT_TOKENS = 128  # of a prompt, roughly; the rest are image tokens
 MEAN_LENGTH = 0.5  # of --max-new-tokens that a completion has on average: an assumption
-# Python's seconds for a forward pass of a text layer: PyTorch dispatches 84 operations (3,036 at 36 layers,
-# counted on a CPU), and each takes 15 µs: an assumption, 10 to 20 on most hosts.
-LAYER_SECONDS = 3036 / 36 * 15e-6
+# Operations that PyTorch dispatches for a pass of a text layer with LoRA in 4 bit: by run_text, and by the
+# fused layers that decode a rollout (tests/count_dispatches.py: 3,433 and 1,662 at 36 layers, on a CPU).
+LAYER_CALLS, FUSED_CALLS = 3433 / 36, 1662 / 36
+CALL_SECONDS = 15e-6  # Python's time for each: an assumption, 10 to 20 µs on most hosts
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.5  # of the data sheet that real kernels reach: an assumption
 
 # From data sheets: a part of the name that CUDA gives, GB, GB/s, and TFLOPs of dense 16-bit matrix products
@@ -57,7 +58,7 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
 
     A forward pass of B rows with Q new tokens each, at L columns, through n layers:
 
-    Python   n · LAYER_SECONDS
+    Python   n · calls of a layer · CALL_SECONDS
     bytes    the layers' weights: 2 each in 16 bits, ½ in 4 bits, 4½ where bitsandbytes first writes and
              reads them in 16 bits; lm_head, 2 each; and the keys and values of B · L columns
     FLOPs    2 per weight and token, and 4 · n · A · L per token for attention over A = all heads together
@@ -77,16 +78,17 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
     patches = (cfg.image_pixels + cfg.crop_min_pixels) // vision.patch_size**2
     P, T = TEXT_TOKENS + patches // vision.spatial_merge_size**2, cfg.max_new_tokens
 
-    def forward(B: int, Q: float, L: float, vision_flops: float = 0.0) -> float:
+    def forward(B: int, Q: float, L: float, vision_flops: float = 0.0, calls: float = LAYER_CALLS) -> float:
         in_4bit = 0.5 if B * Q <= 64 else 4.5  # bitsandbytes' own limit depends on the card and the shape
         moved = in_layers * (2 if cfg.load_in_4bit is False else in_4bit) + 2 * in_head + B * L * kv_bytes
         flops = vision_flops + B * Q * (2 * (in_layers + in_head) + 4 * layers * A * L)
         on_gpu = moved / (BANDWIDTH_SHARE * bandwidth * 1e9) + flops / (FLOPS_SHARE * tflops * 1e12)
-        return max(layers * LAYER_SECONDS, on_gpu)
+        return max(layers * calls * CALL_SECONDS, on_gpu)
 
     def generate(B: int, G: int) -> float:
         # Read images and prompts, then run a pass per token; half of the completions' columns on average.
-        return forward(B, P, P, 2 * in_vision * B * patches) + T * forward(B, G, P + G * T / 2)
+        calls = FUSED_CALLS if G > 1 else LAYER_CALLS  # an evaluation decodes with run_text
+        return forward(B, P, P, 2 * in_vision * B * patches) + T * forward(B, G, P + G * T / 2, calls=calls)
 
     batch = min(cfg.rollout_batch, cfg.prompts)
     sampling = ceil(cfg.prompts / batch) * generate(batch, cfg.num_generations)
