@@ -259,7 +259,8 @@ def optimizer_step(
         metric_sums[difference] += (old_logps - rollouts.logps).abs().sum().item() / num_tokens
         metric_sums[ratio] += (importance - 1).sum().item() / num_tokens
     grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
-    if is_float16:
+    # Without a backward pass, the scale has neither failed nor held.
+    if is_float16 and any(p.grad is not None for p in param_group["params"]):
         update_loss_scale(param_group, applied)
     return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 

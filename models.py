@@ -79,8 +79,7 @@ def load_policy(
     (config, family), (device, device_dtype) = read_family(name, frame), device_and_dtype(cpu)
     dtype = dtype or device_dtype
     if dtype == torch.float16:
-        remedy = "groups that overflow are left out and counted (docs/gpu.md)"
-        print(f"This GPU has no bfloat16, so the model runs in float16: {remedy}.", file=sys.stderr)
+        print("This GPU has no bfloat16: in float16, groups can overflow (docs/gpu.md).", file=sys.stderr)
     processor = Processor(*checkpoints.read_processors(name, config), family, "")
     quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
     # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.

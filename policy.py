@@ -212,7 +212,7 @@ def rollout(
             probs = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; a NaN would crash multinomial
             next_tokens = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
         sampled_logps = logps.gather(-1, next_tokens[..., None])[..., 0]  # [B, G]
-        steps.append((next_tokens, unfinished, sampled_logps * unfinished))
+        steps.append((next_tokens, unfinished, sampled_logps.where(unfinished, 0.0)))
         # Only now: the stop token itself is still part of its completion.
         unfinished = unfinished & ~torch.isin(next_tokens, policy.stop_ids)
         if t + 1 == max_new_tokens or not unfinished.any():

@@ -84,7 +84,7 @@ def check_files(folder: Path, names: Iterable[str], flag: str = "--model") -> No
 # ---------------------------------------------------------------- before the weights are loaded
 
 
-def check_device(name: str, device: torch.device, dtype: torch.dtype, cpu: bool) -> None:
+def check_device(name: str, device: torch.device, dtype: torch.dtype, cpu: bool | None) -> None:
     """Prints device and dtype, before minutes of loading; UserError for a large model on a CPU without --cpu.
 
     A hub id counts as large. A folder does by the size of its weights: a small model of one's own, such as

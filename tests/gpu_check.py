@@ -116,6 +116,12 @@ class Tracker(TorchDispatchMode):
         self.sizes: dict[int, int] = {}  # bytes of each storage
         self.current = self.peak = 0
 
+    def synchronize(self) -> None:
+        """A CPU has nothing in flight."""
+
+    def memory_reserved(self) -> int:
+        return self.current
+
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) not in self.sizes:
@@ -725,7 +731,7 @@ def check_trl() -> None:
 def measure_trainer(name: str, folder: Path) -> None:
     """Prints the seconds of the second of two steps and the peak memory of a trainer, "ours" or "TRL".
 
-    Each uses its own gradient checkpointing. TRL runs with our attention, which makes it faster.
+    Each uses its own gradient checkpointing.
     """
     build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}

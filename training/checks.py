@@ -21,8 +21,7 @@ from training.settings import FRAMES
 STATISTICS = {"maximum": torch.max, "mean": torch.mean, "90 % quantile": partial(torch.quantile, q=0.9)}
 FLOAT32_LIMITS = {"maximum": 1e-3}
 HALF_LIMITS = {"mean": 0.03, "90 % quantile": 0.15}
-NOT_FINITE = "The model's hidden states are not finite in {}: its weights are damaged, or need a GPU that has"
-NOT_FINITE += " bfloat16."
+NOT_FINITE = "The model is not finite in {}: its weights are damaged, or need a GPU with bfloat16."
 
 # ---------------------------------------------------------------- before training
 

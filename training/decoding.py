@@ -13,6 +13,7 @@ Shapes: those of policy.py; N = B·G tokens of a step, R the ranks of several ad
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +109,11 @@ class FusedDecoder:
         self.layers = [FusedLayer(layer) for layer in self.text.layers]
         self.G, self.max_columns = num_generations, num_generations * max_new_tokens
 
-    def __call__(self, policy: Policy, *args: object) -> Tensor:
-        """What `run_text` returns for these arguments; of prompts only the last hidden states, [B, 1, H]."""
+    def __call__(self, policy: Policy, *args: Any) -> Tensor:
+        """What `run_text` returns for these arguments; of prompts only the last hidden states, [B, 1, H].
+
+        The cache that `rollout` hands over stays empty: this class has its own.
+        """
         input_ids, segment_ids, position_ids, prompts, _ = args
         if prompts is None:
             return self.step(input_ids, segment_ids.shape[1], position_ids)

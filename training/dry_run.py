@@ -22,6 +22,7 @@ from models import read_family
 from policy import LOGIT_CHUNK_SIZE, MAX_PATCHES_PER_PASS, Policy
 from prompts import Family
 from reward import Reward
+from training.decoding import PROMPTS_PER_PASS
 from training.experiment import prepare
 from training.memory import LOWER, PEAKS
 from training.settings import Config, resolve
@@ -60,8 +61,9 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     A row of P prompt tokens and G · T completion tokens has L = P + G · T columns. With H the hidden size, F
     that of the feed-forward layers and A that of all attention heads together, in bytes:
 
-    rollout      the largest of: the vision tower; a layer that reads the prompts, 12·F + 15·H per token, and
-                 their keys and values; all keys and values, and 16 per completion and word of the vocabulary
+    rollout      the vision tower or, if it is larger, all keys and values, and with them a layer that reads
+                 four prompts, 12·F + 15·H per token and their keys and values again, or 16 per completion
+                 and word of the vocabulary
     policy pass  per column, with gradient checkpointing: each layer's input, 2·H, and one layer at work,
                  28·H + 12·A + 14·F; without: what each layer keeps, 28·H + 12·A + 10·F and a copy of the
                  mask, 2·L, and 4·F for the one at work; and the mask and scores, 3·L. Or a chunk of
@@ -79,8 +81,9 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     batch = min(cfg.rollout_batch, cfg.prompts)
     patches = min(MAX_PATCHES_PER_PASS, batch * (P - TEXT_TOKENS) * vision.spatial_merge_size**2)
     seeing = patches * (20 * vision.hidden_size + 6 * vision.intermediate_size)
-    reading = batch * P * (12 * F + 15 * H + kv_bytes)
-    writing = batch * (L * kv_bytes + 16 * cfg.num_generations * text.vocab_size)
+    reading = min(PROMPTS_PER_PASS, batch) * P * (12 * F + 15 * H + kv_bytes)
+    writing = batch * 16 * cfg.num_generations * text.vocab_size
+    rollout = max(seeing, batch * L * kv_bytes + max(reading, writing))
     # The policy pass keeps something of each layer, and needs more for the layer at work.
     kept, work = 28 * H + 12 * A + 10 * F + 2 * L, 4 * F
     if cfg.gradient_checkpointing:
@@ -93,7 +96,7 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     inputs = {"layers' inputs": batch * L * (layers * kept + 10 * H)}
     return {
         "loading": parts,
-        "rollout": static | {"cache and layer at work": max(seeing, reading, writing)},
+        "rollout": static | {"cache and layer at work": rollout},
         "policy pass": static | gradients | inputs | {"layer at work": max(layer, logits)},
         "optimizer": static | gradients | {"update": parts["adapter"]},
     }
@@ -159,7 +162,7 @@ def advise_16_bits(flags: dict[str, Any]) -> None:
     peak = max(sum(parts.values()) for parts in predict(empty_model(config), cfg, family).values())
     fits = peak + CONTEXT * 1e9 <= torch.cuda.get_device_properties(0).total_memory
     if fits and not hasattr(config, "quantization_config"):  # weights that are in 4 bit already stay so
-        gain = "it spares the rounding of the weights, and the time to unpack them (not measured)"
+        gain = "the weights are then not rounded, and need no time to unpack (not measured)"
         print(f"--no-load-in-4bit would fit this GPU (peak {peak / 1e9:.2f} GB, predicted): {gain}.")
 
 

@@ -56,7 +56,7 @@ def phase(name: str) -> Iterator[None]:
 def record_peak() -> None:
     """Adds the peaks since the last call, to the innermost open phase and overall, and measures anew."""
     if METER is not None:
-        METER.synchronize()  # five times a step: what was launched in a phase is part of its seconds
+        METER.synchronize()  # what was launched in a phase is part of its seconds
         if OPEN:
             PEAKS[OPEN[-1]] = max(PEAKS.get(OPEN[-1], 0), METER.max_memory_allocated())
         PEAKS["reserved"] = max(PEAKS.get("reserved", 0), METER.max_memory_reserved())

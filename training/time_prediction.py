@@ -107,11 +107,10 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
 
 def time_table(model: torch.nn.Module, cfg: Config, family: Family, gigabytes: float) -> str:
     """The predicted hours of a run on each card with as much memory, and the length that they assume."""
-    lines = [f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:"]
-    for card, (memory, *_) in CARDS.items():
-        if memory >= gigabytes:
-            lines.append(f"{card:9}{memory:>3} GB  {summary(*predict_hours(model, cfg, family, card))}")
-    return "\n".join(lines)
+    title = f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:"
+    cards = [(card, memory) for card, (memory, *_) in CARDS.items() if memory >= gigabytes]
+    rows = (f"{c:9}{gb:>3} GB  {summary(*predict_hours(model, cfg, family, c))}" for c, gb in cards)
+    return "\n".join([title, *rows])
 
 
 # ---------------------------------------------------------------- measurement

@@ -140,13 +140,13 @@ def test_the_allocator_is_set_before_torch_is_imported_unless_the_user_has(progr
 def test_16_bits_are_advised_where_they_fit_and_4_bits_are_not_asked_for(
     flags, card, fits, monkeypatch, capsys
 ):
-    """7B at 307,200 pixels: 19.4 GB, and 0.6 for CUDA."""
+    """7B at 307,200 pixels: 19.5 GB, and 0.6 for CUDA."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))
     name = str(families.FOLDER / "Qwen2.5-VL-7B-Instruct")
     advise_16_bits({"model": name, "image_pixels": 307_200} | flags)
     printed = capsys.readouterr().out
-    assert printed.startswith("--no-load-in-4bit would fit this GPU (peak 19.35 GB, predicted)") == fits
+    assert printed.startswith("--no-load-in-4bit would fit this GPU (peak 19.54 GB, predicted)") == fits
     assert printed.count("\n") == fits and ("not measured" in printed) == fits
 
 

@@ -69,7 +69,7 @@ def test_the_least_area_of_a_crop_is_the_familys_unless_a_flag_says_otherwise():
     assert origin["crop_min_pixels"] == "model family"
     assert resolve({"crop_pixels": 5000}, family)[0].crop_min_pixels == 5000, "lowered with the other"
     assert resolve({"crop_min_pixels": 504**2}, family)[0].crop_min_pixels == 504**2
-    with pytest.raises(UserError, match="--crop-min-pixels 262144 is above --crop-pixels 254016"):
+    with pytest.raises(UserError, match="--crop-min-pixels 262144 is above 254016: lower it"):
         resolve({"crop_min_pixels": 512**2}, family)
 
 
@@ -109,7 +109,7 @@ def test_a_cue_prompt_is_read_and_its_placeholders_are_filled_in(tmp_path):
         (b"Find it in {}.", "contains {}"),
         (b"<image><image>Find it.", "contains <image>"),
         (b"<|vision_start|>Find it.", "contains <|vision_start|>"),
-        ("Où est-ce ?".encode("latin-1"), "give a text in UTF-8"),
+        ("Où est-ce ?".encode("latin-1"), "give UTF-8 text"),
     ],
 )
 def test_a_cue_prompt_that_cannot_be_used_is_one_sentence(content, problem, tmp_path):
