@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
-from training.settings import FRAMES, SOURCES
+from training.settings import FRAMES, SOURCES, prepare_torch, read_cue_prompt
 
 
 def read_flags() -> argparse.Namespace:
@@ -37,15 +37,17 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
     parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default on CUDA")
+    parser.add_argument("--cpu", action="store_true", default=None, help="run on the CPU, also a large model")
     parser.add_argument("--box-frame", choices=FRAMES, help="of the model's boxes")
     parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
     for name in ("annotations", "images", "exclude"):
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
+    parser.add_argument("--cue-prompt", type=read_cue_prompt, metavar="FILE", help="of cues, as for training")
     parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")
-    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 4 on a GPU)")
+    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
     parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
@@ -68,6 +70,7 @@ def read_flags() -> argparse.Namespace:
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags()
+        prepare_torch()
 
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention, twins
@@ -77,7 +80,6 @@ from evaluation.scores import Scores, kind_rows, paired, summarize, table
 from evaluation.session import Session, open_session
 from files.disk import write_json
 from files.pictures import UnusableImage, load_image
-from models import load_adapter, load_policy
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
 from training.pictures import draw_cues, draw_heat_maps
@@ -235,7 +237,7 @@ def ask_task(session: Session) -> dict[str, Any]:
     for name, title in zip(session.each_model(), session.model_names):
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
-        print(f"{name:>8}: {'(memory too small for this image)' if reply is None else reply or '(empty)'}")
+        print(f"{name:>8}: {'(no reply: see the reason above)' if reply is None else reply or '(empty)'}")
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
         names.append(f"{title}, predicting {answer_token!r}")
@@ -247,10 +249,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
     tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
-        args = read_flags()
-        policy = load_policy(args.model, args.load_in_4bit, args.box_frame)
-        session = open_session(load_adapter(policy, args.adapter) if args.adapter else policy, args)
-        results = tasks.get(args.task, benchmark_task)(session)
+        session = open_session(read_flags())
+        results = tasks.get(session.args.task, benchmark_task)(session)
         write_json(session.folder / "results.json", results)
         print(f"results are in {session.folder}")
 

@@ -5,8 +5,8 @@
 
 What differs from textbook GRPO:
 - A group shares its prompt: the two images are read once per prompt, not once per completion (policy.py).
-- π_old is the training pass's own first value, not the rollout's. The two passes use different kernels, so
-  their log-probabilities differ before anything is learned, above all in 4 bit.
+- π_old is the training pass's own first value, not the rollout's. The kernels of the two differ, above all in
+  4 bit, and truncated importance sampling corrects what that changes in the gradient.
 - The loss is a mean over the tokens of the whole optimizer step, so the micro-batch size changes nothing.
 - The clip range is wider above (0.3) than below (0.2), and a dual clip bounds the loss of completions with a
   negative advantage: both as in the paper's framework.
@@ -17,17 +17,19 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from files.errors import UserError, exit_on_error
-from training.settings import Config, read_flags
+from training.settings import Config, prepare_torch, read_flags
 
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags(__doc__)
+        prepare_torch()
 
 import torch
 from torch import Tensor
@@ -39,12 +41,14 @@ from policy import Policy, Rollout, collate, decode_completions, rollout, token_
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
 from training import checks, pictures, run_folder
-from training.dry_run import dry_run
+from training.decoding import decoder
+from training.dry_run import advise_16_bits, dry_run
 from training.experiment import open_experiment, run_experiment
-from training.memory import phase
+from training.memory import phase, step_metrics
 from training.metrics import completion_metrics
 
-FP16_LOSS_SCALE = 2.0**10  # without it the smallest float16 gradients are 0
+FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
+LOSS_SCALE_INTERVAL = 100  # optimizer steps without a skipped one, after which it doubles
 
 # ---------------------------------------------------------------- GRPO, as functions of tensors
 
@@ -79,14 +83,29 @@ def token_weights(mask: Tensor, loss_type: str, num_tokens: float, num_completio
     return mask / num_tokens
 
 
+def importance_weights(old_logps: Tensor, rollout_logps: Tensor, cap: float) -> Tensor:
+    """μ = min(π_old / π_rollout, cap) of each token, [B, G, T]: truncated importance sampling; cap 0: μ = 1.
+
+    The tokens were sampled by other kernels than those of the training pass, so from slightly other
+    probabilities. Weighted by μ, their mean is the one under π_old. The cap bounds what one token can weigh.
+
+    >>> importance_weights(torch.zeros(3), torch.tensor([0.0, 0.5, -9.0]), cap=2.0)
+    tensor([1.0000, 0.6065, 2.0000])
+    """
+    if cap == 0:
+        return torch.ones_like(old_logps)
+    return torch.exp(old_logps - rollout_logps).clamp(max=cap)
+
+
 def grpo_loss(
     logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, weights: Tensor,
-    cfg: Config,
+    cfg: Config, importance: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """L = Σ w · (−J + β · k3): the clipped surrogate and the KL to the reference, token by token.
+    """L = Σ w · (−μ · J + β · k3): the clipped surrogate and the KL to the reference, token by token.
 
     logps, old_logps, ref_logps: log-probabilities under the policy, the policy that sampled and the reference
-    (None where β = 0), [B, G, T]. advantages: [B, G]. weights: those of `token_weights`, [B, G, T].
+    (None where β = 0), [B, G, T]. advantages: [B, G]. weights, importance: w and μ, those of `token_weights`
+    and of `importance_weights`, [B, G, T].
     Also returns sums over tokens for the log, without weights: `kl` and `clip_ratio`.
 
     >>> logps, weights = torch.tensor([[[-1.0]]]), torch.ones(1, 1, 1)
@@ -104,6 +123,8 @@ def grpo_loss(
     # Dual clip: where A < 0, ρA has no lower bound, so one token that became likely could dominate.
     bounded = torch.maximum(surrogate, cfg.dual_clip * advantage)  # J ≥ cA
     surrogate = torch.where(advantage < 0, bounded, surrogate)
+    # The sampler's kernels differ from the training pass's, above all in 4 bit. μ has no gradient.
+    surrogate = importance * surrogate  # μJ
     # For the log: where the clip range, not the dual clip, stopped the gradient.
     num_clipped = ((ratio * advantage > clipped_ratio * advantage) & is_completion).sum()
     k3 = torch.zeros_like(logps)
@@ -156,9 +177,11 @@ def sample_completions(policy: Policy, batch: list[Example], step: int, cfg: Con
     # Seeded by the step, so that a resumed run samples what an uninterrupted one would.
     generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
     prompts, batch_size = [example.prompt for example in batch], cfg.rollout_batch
-    parts = [collate(policy, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    with phase("vision"):  # the image features, which later passes reuse
+        parts = [collate(policy, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     limits = (cfg.num_generations, cfg.max_new_tokens)
-    return Rollout.join([rollout(policy, part, *limits, generator) for part in parts])
+    # decoder: the text layers as `rollout` would run them itself, in fewer calls.
+    return Rollout.join([rollout(policy, p, *limits, generator, decoder(policy, *limits)) for p in parts])
 
 
 def score(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
@@ -182,6 +205,18 @@ def apply_gradients(optimizer: Any, loss_scale: float, max_norm: float, finite: 
     return grad_norm, applied
 
 
+def update_loss_scale(param_group: dict[str, Any], applied: bool) -> None:
+    """Halves the float16 loss scale after a skipped step, doubles it after 100 applied steps in a row.
+
+    The rule of torch.amp.GradScaler, but with its state in the optimizer, so every checkpoint has it.
+    """
+    param_group["applied_steps"] = param_group.get("applied_steps", 0) + 1 if applied else 0
+    if not applied:
+        param_group["loss_scale"] /= 2
+    elif param_group["applied_steps"] % LOSS_SCALE_INTERVAL == 0:
+        param_group["loss_scale"] *= 2
+
+
 def optimizer_step(
     policy: Policy, optimizer: Any, micro_batches: list, cfg: Config, loss_function: Callable = grpo_loss
 ) -> dict[str, float]:
@@ -192,12 +227,17 @@ def optimizer_step(
     """
     num_tokens = sum(rollouts.mask.sum() for _, rollouts, _, _ in micro_batches).item()
     num_completions = sum(rollouts.finished.numel() for _, rollouts, _, _ in micro_batches)
-    metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "rollout_gap": 0.0}
-    finite, loss_scale = True, FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else 1.0
+    # Tokens without a pass count as a difference of 0 and a ratio of 1.
+    difference, ratio = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+    metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, difference: 0.0, ratio: 1.0}
+    finite = all(rollouts.finite.all() for _, rollouts, _, _ in micro_batches)
+    param_group, is_float16 = optimizer.param_groups[0], policy.base_model.dtype == torch.float16
+    loss_scale = param_group.setdefault("loss_scale", FP16_LOSS_SCALE) if is_float16 else 1.0
     optimizer.zero_grad(set_to_none=True)
     for batch, rollouts, advantages, old_logps in micro_batches:
-        # Equal rewards and no KL: the gradient is 0. Their tokens stay in the denominator.
-        if cfg.beta == 0 and not advantages.any():
+        # Equal rewards and no KL: the gradient is 0. Their tokens stay in the denominator. And nothing can be
+        # learned in a step that will be skipped.
+        if not finite or (cfg.beta == 0 and not advantages.any()):
             continue
         ref_logps = None
         if cfg.beta > 0:
@@ -208,23 +248,28 @@ def optimizer_step(
         # Detached, the ratio is exactly 1 here, but its gradient is that of the log-probability.
         old_logps = logps.detach() if old_logps is None else old_logps
         loss_weights = token_weights(rollouts.mask, cfg.loss, num_tokens, num_completions, cfg.max_new_tokens)
-        loss, stats = loss_function(logps, old_logps, ref_logps, advantages, loss_weights, cfg)
+        importance = importance_weights(old_logps, rollouts.logps, cfg.importance_sampling_cap)  # [B, G, T]
+        loss, stats = loss_function(logps, old_logps, ref_logps, advantages, loss_weights, cfg, importance)
         # Gradients of the micro-batches add up until the optimizer step.
         (loss_scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
         metric_sums["loss"] += loss.item()
         metric_sums["kl"] += stats["kl"].item() / num_tokens
         metric_sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
-        rollout_gap = (old_logps - rollouts.logps).abs().max().item()
-        metric_sums["rollout_gap"] = max(metric_sums["rollout_gap"], rollout_gap)
+        metric_sums[difference] += (old_logps - rollouts.logps).abs().sum().item() / num_tokens
+        metric_sums[ratio] += (importance - 1).sum().item() / num_tokens
     grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
+    # Without a backward pass, the scale has neither failed nor held.
+    if is_float16 and any(p.grad is not None for p in param_group["params"]):
+        update_loss_scale(param_group, applied)
     return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 
 
 def micro_batch_slices(cfg: Config) -> list[list[slice]]:
     """The prompts of each optimizer step of a rollout, as slices that fit in one pass."""
-    step_size, size = cfg.prompts // cfg.updates, cfg.micro_batch
-    updates = [(start, start + step_size) for start in range(0, cfg.prompts, step_size)]
+    # Rounded up: without the groups that are not finite there may be a remainder.
+    step_size, size = math.ceil(cfg.prompts / cfg.updates), cfg.micro_batch
+    updates = [(i, min(i + step_size, cfg.prompts)) for i in range(0, cfg.prompts, step_size)]
     return [[slice(i, min(i + size, end)) for i in range(start, end, size)] for start, end in updates]
 
 
@@ -235,7 +280,7 @@ def update_policy(
 ) -> dict[str, float]:  # fmt: skip
     """All optimizer steps on one rollout; returns the mean of their metrics."""
     prompts, updates, update_metrics = [example.prompt for example in batch], [], []
-    for slices in micro_batch_slices(cfg):
+    for slices in micro_batch_slices(replace(cfg, prompts=len(prompts))):
         parts = [(collate(policy, prompts[s]), rollouts.select(s), advantages[s], None) for s in slices]
         # With several steps per rollout, π_old is the policy before the first of them.
         if cfg.updates * cfg.iterations > 1:
@@ -280,11 +325,16 @@ def train_step(
 
     batch: the result of `sample_batch` for this step, if it was prepared ahead.
     """
-    started = time.monotonic()
+    started, _ = time.monotonic(), step_metrics()  # seconds are counted from here
     # 1. Sample a batch: cues of this step, each with its image, its crop and its target box.
     batch = batch or sample_batch(policy.processor, cues, step, cfg, task.encode)
     # 2. Roll out: G completions of each prompt.
     rollouts = task.sample(policy, batch, step, cfg)
+    finite = rollouts.finite  # [B]
+    # In float16 single images overflow. Their groups leave the step as if they had not been drawn. If no
+    # group is finite, all stay, without tokens, and the update is skipped.
+    if finite.any():
+        batch, rollouts = list(compress(batch, finite.tolist())), rollouts.select(finite)
     # 3. Reward: a rule that reads text, namely how well the predicted box overlaps the crop's.
     completions = decode_completions(policy, rollouts)  # B × G texts
     scored = [task.score(texts, example, cfg) for texts, example in zip(completions, batch, strict=True)]
@@ -293,11 +343,12 @@ def train_step(
     advantages = group_advantages(rewards, cfg.loss)  # [B, G]
     # 5. Update: raise the probability of what was better, within the clip range and near the reference.
     metrics = task.update(policy, optimizer, batch, rollouts, advantages, step, cfg)
-    metrics = {"step": step} | completion_metrics(rewards, scored, rollouts, advantages) | metrics
+    metrics = completion_metrics(rewards, scored, rollouts, advantages) | metrics
+    metrics = {"step": step, "frac_groups_not_finite": 1 - finite.float().mean().item()} | metrics
     # To show: the group that teaches most.
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
     group = Group(batch[b], completions[b], scored[b], advantages[b].tolist())
-    return metrics | {"seconds": time.monotonic() - started}, group
+    return metrics | {"seconds": time.monotonic() - started} | step_metrics(), group
 
 
 # ---------------------------------------------------------------- the training loop and the command line
@@ -321,7 +372,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
             metrics_history.append(metrics)
             run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
-            diverged = checks.diverged(metrics_history)
+            diverged = checks.diverged(metrics_history, policy, cfg.lr)
             if step + 1 == cfg.steps:
                 pictures.draw_group(group, folder / "group.png")
             elif not (interruption.requested or diverged or (step + 1) % cfg.save_every == 0):
@@ -330,7 +381,7 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
             run_folder.sync(folder / "metrics.jsonl")
             run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
             if diverged:
-                raise UserError(f"Five steps in a row were not finite: start again with --lr below {cfg.lr}.")
+                raise UserError(diverged)
             if interruption.requested:
                 raise run_folder.Stopped
 
@@ -348,6 +399,7 @@ def main() -> None:
         if flags.pop("dry_run", False):
             dry_run(flags, train_step, LOCUS)
         else:
+            advise_16_bits(flags)
             run(flags)
 
 

@@ -34,9 +34,9 @@ MIMO_VL = (151_680, 4096, 36)  # vocabulary, hidden size, text layers: its confi
 OLD_NAMES = {r"^visual\.": "model.visual.", r"^model\.(?=layers\.|norm\.|embed_)": "model.language_model."}
 
 
-def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """bf16 on a GPU that has it, else float16; float32 on the CPU."""
-    if not torch.cuda.is_available():
+def device_and_dtype(cpu: bool = False) -> tuple[torch.device, torch.dtype]:
+    """bf16 on a GPU that has it, else float16; float32 on the CPU, which `cpu` asks for."""
+    if cpu or not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older cards emulate it, slowly
     return torch.device("cuda"), torch.bfloat16 if has_bf16 else torch.float16
@@ -67,14 +67,19 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
 
 
 def load_policy(
-    name: str, load_in_4bit: bool | None = None, frame: str | None = None, dtype: torch.dtype | None = None
-) -> Policy:
+    name: str, load_in_4bit: bool | None = None, frame: str | None = None, dtype: torch.dtype | None = None,
+    cpu: bool = False,
+) -> Policy:  # fmt: skip
     """Model, tokenizer and image processor of a folder or hub id; 4-bit if asked (default: where CUDA is).
 
-    dtype: of what is not 4-bit (default: the device's). UserError where the model cannot be loaded.
+    dtype: of what is not 4-bit (default: the device's). cpu: use no GPU. UserError where loading fails.
     """
-    (config, family), (device, device_dtype) = read_family(name, frame), device_and_dtype()
+    # cuDNN attention plans anew for every length, 20 to 40 ms for each token of a rollout.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    (config, family), (device, device_dtype) = read_family(name, frame), device_and_dtype(cpu)
     dtype = dtype or device_dtype
+    if dtype == torch.float16:
+        print("This GPU has no bfloat16: in float16, groups can overflow (docs/gpu.md).", file=sys.stderr)
     processor = Processor(*checkpoints.read_processors(name, config), family, "")
     quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
     # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.

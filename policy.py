@@ -24,14 +24,10 @@ import transformers as hf
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from files.errors import UserError
 from prompts import EncodedPrompt, Processor
 
 LOGIT_CHUNK_SIZE = 2**24  # logits that exist at once while completions are scored: 67 MB in float32
-MAX_DECODE_QUERIES = 64  # queries per row up to which attention shares its keys instead of copying them
 MAX_PATCHES_PER_PASS = 2**15  # image patches in one pass of the vision tower
 
 
@@ -53,27 +49,6 @@ class Policy:
     def reference(self) -> AbstractContextManager:
         """Inside this context the policy is the reference model: its adapter is switched off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
-
-
-def grouped_query_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """SDPA for transformers, in which the heads that share keys are queries of one head, if there are few.
-
-    query: [B, A, Q, D]; key, value: [B, K, L, D]; attention_mask: [B, 1, Q, L]. transformers copies the keys
-    for each of the A heads, so every token of a rollout would write and read several times its cache.
-    """
-    (B, A, Q, D), heads_per_key = query.shape, query.shape[1] // key.shape[1]
-    if attention_mask is None or Q > MAX_DECODE_QUERIES or heads_per_key == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
-    query = query.reshape(B, A // heads_per_key, heads_per_key * Q, D)  # [B, K, A/K·Q, D]
-    mask = attention_mask.repeat(1, 1, heads_per_key, 1)  # [B, 1, A/K·Q, L]
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=kwargs.get("scaling"))
-    return out.reshape(B, A, Q, D).transpose(1, 2).contiguous(), None  # [B, Q, A, D]
-
-
-hf.AttentionInterface.register("sdpa", grouped_query_attention)
 
 
 @dataclass
@@ -175,8 +150,10 @@ def run_text(
         encoded["image"] = SimpleNamespace(pooler_output=layers[0], deepstack_features=layers[1:])
     mask = group_mask(segment_ids, input_ids.shape[1])  # [B, 1, Q, L]
     kwargs = dict(past_key_values=cache, use_cache=cache is not None, mm_encoder_outputs=encoded)
-    model = policy.base_model.model
-    return model(input_ids, attention_mask=mask, position_ids=position_ids, **kwargs).last_hidden_state
+    model, device = policy.base_model.model, policy.device.type
+    # On a GPU the adapter's products run in 16 bit, as the model's do; its weights stay float32.
+    with torch.autocast(device, policy.base_model.dtype, enabled=device == "cuda"):
+        return model(input_ids, attention_mask=mask, position_ids=position_ids, **kwargs).last_hidden_state
 
 
 # ---------------------------------------------------------------- rollout
@@ -190,9 +167,10 @@ class Rollout:
     mask: Tensor  # [B, G, T]: True up to and including the stop token
     logps: Tensor  # [B, G, T]: log-probabilities at sampling time, 0 outside the mask
     finished: Tensor  # [B, G]: False for a completion that was cut at the limit
+    finite: Tensor  # [B]: False for a group with a NaN, mostly an overflow of float16; its mask is all False
 
-    def select(self, rows: slice) -> "Rollout":
-        return Rollout(self.tokens[rows], self.mask[rows], self.logps[rows], self.finished[rows])
+    def select(self, rows: slice | Tensor) -> "Rollout":
+        return Rollout(*(tensor[rows] for tensor in vars(self).values()))
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
@@ -202,53 +180,28 @@ class Rollout:
         def pad(tensor: Tensor) -> Tensor:
             return F.pad(tensor, (0, longest - tensor.shape[2])) if tensor.dim() == 3 else tensor
 
-        columns = zip(*((part.tokens, part.mask, part.logps, part.finished) for part in parts), strict=True)
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
-
-
-class PreallocatedCacheLayer(DynamicLayer):
-    """Keys and values of one layer, allocated ahead: the library's cache is copied for every token."""
-
-    def __init__(self, max_columns: int):
-        super().__init__()
-        self.max_columns, self.length = max_columns, 0
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
-        start, end, self.is_initialized = self.length, self.length + keys.shape[2], True
-        # Doubling the capacity copies each column about once, not once per token.
-        if start == 0 or end > self.keys.shape[2]:
-            (B, K, _, D), capacity = keys.shape, min(self.max_columns, 2 * end)
-            old, (self.keys, self.values) = (self.keys, self.values), keys.new_empty(2, B, K, capacity, D)
-            if start > 0:
-                self.keys[:, :, :start], self.values[:, :, :start] = (part[:, :, :start] for part in old)
-        self.keys[:, :, start:end], self.values[:, :, start:end], self.length = keys, values, end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        return self.length
 
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None
+    policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None, decode=run_text
 ) -> Rollout:
     """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
 
     The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the
     cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g (from 0).
+    decode: `run_text`, or what computes the same in fewer calls (training/decoding.py).
     """
     G, segment_ids = num_generations, batch.segment_ids
     # Read the prompts once, and keep their keys and values.
-    num_columns = batch.input_ids.shape[1] + G * max_new_tokens
-    num_layers = policy.base_model.config.get_text_config().num_hidden_layers
-    cache = hf.Cache(layers=[PreallocatedCacheLayer(num_columns) for _ in range(num_layers)])
-    hidden = run_text(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
+    cache = hf.DynamicCache()
+    hidden = decode(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]
     unfinished = torch.ones(hidden.shape[:2], dtype=torch.bool, device=policy.device)  # [B, G]
     completion_numbers = torch.arange(1, G + 1, device=policy.device)  # [G]
-    all_finite = torch.ones((), dtype=torch.bool, device=policy.device)
     steps = []
     for t in range(max_new_tokens):
         # In float32: a 16-bit softmax would round away most of the vocabulary.
@@ -256,11 +209,10 @@ def rollout(
         if generator is None:
             next_tokens = logps.argmax(-1)  # [B, G]
         else:
-            all_finite = all_finite & hidden.isfinite().all()  # read after the loop: that waits for the GPU
             probs = logps.exp().nan_to_num_(1.0).flatten(0, 1)  # [B·G, V]; a NaN would crash multinomial
             next_tokens = torch.multinomial(probs, 1, generator=generator).view_as(unfinished)  # [B, G]
         sampled_logps = logps.gather(-1, next_tokens[..., None])[..., 0]  # [B, G]
-        steps.append((next_tokens, unfinished, sampled_logps * unfinished))
+        steps.append((next_tokens, unfinished, sampled_logps.where(unfinished, 0.0)))
         # Only now: the stop token itself is still part of its completion.
         unfinished = unfinished & ~torch.isin(next_tokens, policy.stop_ids)
         if t + 1 == max_new_tokens or not unfinished.any():
@@ -268,12 +220,12 @@ def rollout(
         # A finished completion still fills its column, as padding that nothing sees.
         segment_ids = torch.cat([segment_ids, torch.where(unfinished, completion_numbers, -1)], 1)
         position_ids = (batch.completion_start + t)[None, :, None].expand(3, -1, G)  # [3, B, G]
-        hidden = run_text(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
-    if not all_finite:
-        reason = "its weights are damaged, or need a GPU that has bfloat16"
-        raise UserError(f"The model's hidden states are not finite in {hidden.dtype}: {reason}.")
+        hidden = decode(policy, next_tokens, segment_ids, position_ids, None, cache)  # [B, G, H]
     tokens, mask, logps = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [B, G, T]
-    return Rollout(tokens, mask, logps, ~unfinished)
+    # A NaN anywhere in a hidden state or in its logits is one in the token's log-probability too.
+    finite = logps.isfinite().all(-1).all(-1)  # [B]: a group shares its prompt, so it is finite as a whole
+    mask = mask & finite[:, None, None]
+    return Rollout(tokens, mask, logps.where(mask, 0.0), ~unfinished, finite)
 
 
 def decode_completions(policy: Policy, rollouts: Rollout) -> list[list[str]]:

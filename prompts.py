@@ -81,6 +81,7 @@ class Family:
     max_new_tokens: int
     micro_batch: int  # prompts in one forward and backward pass
     gradient_checkpointing: bool  # of the text layers
+    cue_text: str = ""  # the prompt of --cue-prompt, in place of the template's "cue" and "think"
     opening: str = ""  # what the chat template has already written of the completion ("<think>")
     lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # never the vision tower's MLP
     skip_4bit: tuple[str, ...] = ("model.visual", "lm_head")
@@ -169,6 +170,8 @@ def process_image(
 
 def prompt_text(family: Family, task: str, think: bool = True, **template_values: str) -> str:
     """The text of a task (a key of PROMPTS), with the instruction to think unless `think` is False."""
-    prompt_template = PROMPTS[family.template]
-    task_text = prompt_template[task].format(units=UNITS[family.box_frame], **template_values)
+    prompt_template, units = PROMPTS[family.template], UNITS[family.box_frame]
+    if task == "cue" and family.cue_text:
+        return family.cue_text.replace("{units}", units).replace("{think}", prompt_template["think"])
+    task_text = prompt_template[task].format(units=units, **template_values)
     return task_text + (prompt_template["think"] if think else "")

@@ -6,9 +6,9 @@ weights: [heads, P] per layer, not [heads, P, P]. At 16,000 image tokens that is
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from math import ceil, floor
+from functools import partial
+from math import ceil, floor, isfinite
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from evaluation.heldout import HeldOutSet, encode_find, predicted_box, question_names
 from evaluation.replies import box_of
-from evaluation.reply_cache import Reply, cached_generate, cached_values
+from evaluation.reply_cache import Reply, cached_generate, cached_values, compute_in_halves
 from evaluation.scores import Scores, kind_rows, mean, split
 from policy import Policy, collate, group_mask, run_text
 from prompts import BoxFrame, EncodedPrompt, Processor
@@ -122,20 +122,19 @@ def attention_in_box(maps: Tensor, boxes: list[Box], size: tuple[int, int]) -> A
 def measure_attention(
     policy: Policy, cache: dict, name: str, prompts: Sequence, boxes: list[list[Box]], batch: int
 ) -> list[dict | None]:
-    """AttentionStats of each prompt as a dict, cached as `name/index`; None where memory ran out.
+    """AttentionStats of each prompt as a dict, cached as `name/index`.
 
-    boxes: for each prompt, in pixels of its full image. batch: prompts per batch.
+    None where memory ran out or float16 overflowed. boxes: for each prompt, in pixels of its full image.
+    batch: prompts per batch.
     """
 
-    def compute(indices: range) -> list[dict | None]:
+    def compute(indices: range) -> list[dict]:
         chunk = [prompts[i] for i in indices]
-        with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
-            rows = zip(attention_maps(policy, chunk), indices, chunk, strict=True)
-            return [asdict(attention_in_box(maps, boxes[i], p.images[0].size)) for maps, i, p in rows]
-        torch.cuda.empty_cache()
-        return [None] * len(chunk)
+        rows = zip(attention_maps(policy, chunk), indices, chunk, strict=True)
+        stats = (attention_in_box(maps, boxes[i], p.images[0].size) for maps, i, p in rows)
+        return [asdict(sample) if isfinite(sample.mean_aib) else None for sample in stats]
 
-    return cached_values(cache, name, range(len(prompts)), batch, compute)
+    return cached_values(cache, name, range(len(prompts)), batch, partial(compute_in_halves, compute))
 
 
 def attention_summary(stats: list[dict | None]) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def add_attention(scores: Scores, stats: list[dict | None]) -> None:
 def box_ious(replies: list[Reply], boxes: list[Box]) -> list[float | None]:
     """IoU of each reply's box with the true one, in pixels of the image.
 
-    0 where a reply has no box, None where memory ran out.
+    0 where a reply has no box, None where there is no reply.
     """
     predicted = [predicted_box(*reply, box_of) for reply in replies]
     ious = [iou(box, true_box) if box else 0.0 for box, true_box in zip(predicted, boxes, strict=True)]

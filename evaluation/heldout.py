@@ -148,7 +148,7 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
     """Scores of a reply that should give a box; true_box: in pixels of the full image.
 
     Its IoU, whether it parses, its format reward; on scenes also whether the object nearest to its middle is
-    the cue's target, and whether the thought names a detail: what is inside. None where memory ran out.
+    the cue's target, and whether the thought names a detail: what is inside. None where there is no reply.
     """
     if text is None:
         return None
@@ -162,7 +162,7 @@ def box_score(text: str | None, frame: BoxFrame, true_box: Box, cue: Cue) -> dic
 
 
 def cue_summary(rows: list[dict[str, float] | None]) -> dict[str, float]:
-    """Means of box scores (Table 10); `errors` counts the replies that memory was too small for, if any."""
+    """Means of box scores (Table 10); `errors` counts the prompts without a reply, if any."""
     rows, num_rows = [row for row in rows if row is not None], len(rows)
     summary = {"mean_iou": mean(row["iou"] for row in rows)}
     summary["mean_iou_parsed"] = mean(row["iou"] for row in rows if row["parsed"])

@@ -4,10 +4,11 @@ A run that is killed repeats one batch at most.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from files.pictures import UnusableImage
 from policy import Policy, collate, decode_completions, rollout
 from prompts import BoxFrame, EncodedPrompt
 
-# The text, None where memory ran out, False where the image cannot be read; and the frame of its boxes.
+# The text, None where memory ran out or float16 overflowed, False where the image cannot be read; and the
+# frame of its boxes.
 Reply = tuple[str | bool | None, BoxFrame]
 
 
@@ -83,8 +85,22 @@ def cached_values(cache: dict, name: str, keys: Iterable, batch: int, compute: C
 
 
 def default_batch_size(policy: Policy) -> int:
-    """Prompts per batch of replies: full images of a large model soon fill a GPU."""
-    return 4 if policy.device.type == "cuda" else 128
+    """Prompts per batch of replies; a few would leave a GPU idle between the starts of its kernels."""
+    return 32 if policy.device.type == "cuda" else 128
+
+
+def compute_in_halves(compute: Callable[[Sequence], list], batch: Sequence) -> Iterator[Any]:
+    """The values of a batch from compute(batch); where memory runs out, from its halves, and so on.
+
+    A half that is computed is not computed again. None for an item that is too large by itself.
+    """
+    with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
+        return iter(compute(batch))
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    # The second half runs once the values of the first have been taken.
+    halves = (compute_in_halves(compute, half) for half in (batch[:middle], batch[middle:]))
+    return chain.from_iterable(halves) if middle else iter([None])
 
 
 def generate_replies(
@@ -92,20 +108,19 @@ def generate_replies(
 ) -> Iterator[Reply]:
     """A greedy reply to each prompt, in their order, by the rollout's own loop.
 
-    Where a batch does not fit into memory, its prompts run one at a time, so only a prompt that is too large
-    by itself gets no reply.
+    Where a batch does not fit into memory, it is halved, so only a prompt that is too large by itself gets no
+    reply. Nor does one whose hidden states are not finite: that is no wrong reply.
     """
+
+    def generate(chunk: list[EncodedPrompt]) -> list[str | None]:
+        rollouts = rollout(policy, collate(policy, chunk), 1, max_new_tokens)
+        texts, finite = decode_completions(policy, rollouts), rollouts.finite.tolist()  # B × 1, B
+        return [text if is_finite else None for (text,), is_finite in zip(texts, finite)]
+
     prompts = iter(prompts)
     while chunk := list(islice(prompts, batch or default_batch_size(policy))):
-        replies = None
-        with suppress(torch.OutOfMemoryError):  # an except block would keep the tensors that did not fit
-            texts = decode_completions(policy, rollout(policy, collate(policy, chunk), 1, max_new_tokens))
-            replies = [(text, prompt.frame) for (text,), prompt in zip(texts, chunk, strict=True)]
-        if replies is None:
-            torch.cuda.empty_cache()
-            one_by_one = generate_replies(policy, chunk, max_new_tokens, 1)
-            replies = one_by_one if len(chunk) > 1 else [(None, chunk[0].frame)]
-        yield from replies
+        texts = compute_in_halves(generate, chunk)
+        yield from ((text, prompt.frame) for text, prompt in zip(texts, chunk, strict=True))
 
 
 def cached_generate(
@@ -121,9 +136,13 @@ def cached_generate(
         for i in indices:
             with suppress(UnusableImage):
                 readable[i] = prompts[i]
-        replies = dict(zip(readable, generate_replies(policy, readable.values(), *limits)))
-        rows = (replies.get(i, (False, BoxFrame(1, 1, 1, 1))) for i in indices)
+        replies = generate_replies(policy, readable.values(), *limits)
+        # Taken one by one, so that the cache has the replies of a half before the other half runs.
+        rows = (next(replies) if i in readable else (False, BoxFrame(1, 1, 1, 1)) for i in indices)
         return ([text, *astuple(frame)] for text, frame in rows)
 
     rows = cached_values(cache, name, keys or range(len(prompts)), limits[1], compute)
+    if num_errors := sum(text is None for text, *_ in rows):
+        reason = "memory is too small, or hidden states are not finite"
+        print(f"{name}: {num_errors} of {len(rows)} prompts have no reply: {reason}.", file=sys.stderr)
     return [(text, BoxFrame(*frame)) for text, *frame in rows]

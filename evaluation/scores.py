@@ -74,7 +74,7 @@ def paired(before: list[float | None], after: list[float | None], groups: list |
 
 @dataclass
 class Scores:
-    """A model's scores on one set of samples. None in a list: memory ran out for that sample."""
+    """A model's scores on one set of samples. None in a list: that sample has no reply."""
 
     summary: dict  # as in results.json
     samples: dict[str, list[float | None]]  # name of a list: a value per sample

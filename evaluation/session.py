@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.reply_cache import ReplyCache, cached_generate, default_batch_size
+from files.checkpoints import check_device
 from files.disk import file_stats, fingerprint
 from files.errors import model_folder
+from models import device_and_dtype, load_adapter, load_policy
 from policy import Policy
 from prompts import PROMPTS, Processor
 
@@ -56,8 +58,12 @@ class Session:
         return cached_generate(self.policy, self.cache, name, prompts, limits, keys)
 
 
-def open_session(policy: Policy, args: argparse.Namespace) -> Session:
-    """A run with its reply cache, in a folder beside the adapter; other settings get another folder."""
+def open_session(args: argparse.Namespace) -> Session:
+    """A run with its model and reply cache, in a folder beside the adapter; other settings get another."""
+    check_device(args.model, *device_and_dtype(args.cpu), args.cpu)
+    policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
+    policy = load_adapter(policy, args.adapter) if args.adapter else policy
+    policy.processor.family = replace(policy.processor.family, cue_text=args.cue_prompt or "")
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 import transformers as hf
 from huggingface_hub import auth_check, constants, errors
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,7 @@ hf.logging.get_logger("transformers.modeling_utils").addFilter(lambda log: log.l
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", INDEX)
 SMALL_FILES += ("tokenizer_config.json", "chat_template.json", "chat_template.jinja", "processor_config.json")
+LARGE = 2 * 10**9  # bytes of weights; the smallest of the published models has more, even in 4 bit
 QUANTISED_NAME = re.compile(r"[-_](awq|gptq|fp8|nvfp4|int[48]|w\d+a\d+|bnb|[48]bit)[^/\\]*$", re.IGNORECASE)
 
 
@@ -80,6 +82,19 @@ def check_files(folder: Path, names: Iterable[str], flag: str = "--model") -> No
 
 
 # ---------------------------------------------------------------- before the weights are loaded
+
+
+def check_device(name: str, device: torch.device, dtype: torch.dtype, cpu: bool | None) -> None:
+    """Prints device and dtype, before minutes of loading; UserError for a large model on a CPU without --cpu.
+
+    A hub id counts as large. A folder does by the size of its weights: a small model of one's own, such as
+    one of tiny/build.py, is quick on a CPU and needs no flag.
+    """
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, dtype: {dtype}")
+    folder = Path(model_folder(name))
+    is_large = not folder.is_dir() or sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
+    if device.type == "cpu" and is_large and not cpu:
+        raise refusal(name, "PyTorch finds no GPU with CUDA, and a CPU is very slow; give --cpu to use it")
 
 
 def ask_hub(name: str) -> None:

@@ -86,14 +86,14 @@ def score_shuffled_target(completions: list[str], example: Example, cfg: Config)
 
 
 def sft_loss(
-    logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, cfg: Config
+    logps: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = −Σ w · A · log π with A ∈ {0, 1}: imitation, which pushes no completion away (Table 4).
 
     logps, weights: [B, 1, T]; advantages: [B, 1]. It takes the place of grpo_loss and ignores the rest.
 
     >>> logps, weights = torch.tensor([[[-1.0, -3.0]]]), torch.full((1, 1, 2), 0.5)
-    >>> sft_loss(logps, logps, None, torch.ones(1, 1), weights, Config())[0]  # the mean of 1 and 3
+    >>> sft_loss(logps, logps, None, torch.ones(1, 1), weights)[0]  # the mean of 1 and 3
     tensor(2.)
     """
     zero = torch.zeros((), device=logps.device)
@@ -125,7 +125,8 @@ def rollout_ground_truth(
     kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
     encoded = tokenizer(texts, **kwargs).to(policy.device)
     tokens, mask = encoded.input_ids[:, None], encoded.attention_mask.bool()[:, None]  # [B, 1, T]
-    return Rollout(tokens, mask, torch.zeros(tokens.shape, device=policy.device), mask.any(-1))
+    logps, finished = torch.zeros(tokens.shape, device=policy.device), mask.any(-1)  # [B, 1, T], [B, 1]
+    return Rollout(tokens, mask, logps, finished, finished[:, 0])
 
 
 def imitate_all(
@@ -134,7 +135,8 @@ def imitate_all(
     """One step of SFT, as `update_policy` (rest: step, cfg): every completion is imitated."""
     imitated = torch.ones_like(advantages)  # [B, 1]
     metrics = update_policy(policy, optimizer, batch, rollouts, imitated, *rest, sft_loss)
-    return metrics | {"rollout_gap": 0.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
+    difference, ratio = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+    return metrics | {difference: 0.0, ratio: 1.0, "frac_reward_zero_std": 0.0}  # nothing was sampled
 
 
 # ---------------------------------------------------------------- the variants, and the command line

@@ -24,7 +24,7 @@ from scale.rewards import box_reward
 # negative advantages, which is the dual clip; constant_with_warmup takes a share of the steps below 1.
 PAPER = dict(loss_type="dapo", beta=0.01, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.3)
 PAPER |= dict(delta=3.0, num_generations=8, temperature=1.0, top_p=1.0, weight_decay=0.01, max_grad_norm=1.0)
-PAPER |= dict(lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=400)
+PAPER |= dict(lr_scheduler_type="constant_with_warmup", warmup_steps=0.05, max_steps=1600)  # 400 rollouts
 OURS = dict(shuffle_dataset=False, max_completion_length=256, logging_steps=1, save_steps=50)
 
 

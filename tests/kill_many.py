@@ -36,7 +36,8 @@ def start_or_resume(run: Path) -> subprocess.Popen:
 
 def outcome(folder: Path) -> tuple:
     """Metrics, adapter and scores of a complete run, which must not depend on whether it was killed."""
-    metrics = [json.loads(line) | {"seconds": 0} for line in (folder / "metrics.jsonl").open()]
+    lines = map(json.loads, (folder / "metrics.jsonl").open())
+    metrics = [{key: line[key] for key in line if not key.startswith("seconds")} for line in lines]
     results = json.loads((folder / "results.json").read_text())
     scores = {key: results[key] for key in ("before", "after", "change", "baselines")}
     return metrics, (folder / "adapter" / "adapter_model.safetensors").read_bytes(), scores

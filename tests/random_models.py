@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models import add_lora, make_policy
-from policy import Policy
+from policy import Policy, compute_image_features
 from prompts import FAMILIES, EncodedPrompt, Processor, encode
 from tiny import architecture
 
@@ -100,3 +100,10 @@ def prompts(policy: Policy, count: int = 3) -> list[EncodedPrompt]:
     texts = ["Find it." * (i + 1) for i in range(count)]
     inputs = zip(texts, images, crops, strict=True)
     return [encode(policy.processor, text, image, crop=crop) for text, image, crop in inputs]
+
+
+def make_infinite(policy: Policy, prompt: EncodedPrompt) -> None:
+    """From here on the prompt's hidden states are not finite, as where an image overflows float16."""
+    compute_image_features(policy, [prompt])
+    image = prompt.images[0]
+    image.features = [torch.full_like(layer, torch.inf) for layer in image.features]

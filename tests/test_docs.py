@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from evaluation.heldout import build_heldout_set, evaluate
 from files.errors import FlagParser
 from locus_mini import train_step
 from models import add_lora, load_policy, read_family
+from prompts import Family
 from training import settings
-from training.dry_run import empty_model, predict
+from training.dry_run import CONTEXT, empty_model, predict
+from training.time_prediction import CARDS, predict_hours
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -25,6 +28,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "scale" / "README.md", *PAGES]
 WINGS = ("files", "training", "evaluation", "tiny", "paper", "scale")
 MODULES = [*ROOT.glob("*.py"), *(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))]
 FAMILIES = ROOT / "tests" / "families"
+MARKED = re.compile("measured|predicted")
+NAMES = (
+    r"`[^`]*`|\b(?:Qwen|MiMo)[\w.-]*|\b(?:RTX \d+|T4|H100|NF4|TF32|bf16|float32|\d+ bits?|\dB)\b|not measured"
+)
 STILTED = ("as ever", "begun with", "goes on", "in company")
 
 
@@ -108,12 +115,22 @@ def test_every_command_is_accepted_by_its_program(program, capsys):
 # ---------------------------------------------------------------- figures and keys
 
 
-def predicted_gigabytes(typed: str) -> list[float]:
-    """The predicted peak of each phase for flags as they are typed, from the published settings."""
+@cache
+def published_model(folder: str) -> tuple[torch.nn.Module, Family]:
+    config, family = read_family(folder)
+    return empty_model(config), family
+
+
+def prediction_inputs(typed: str) -> tuple[torch.nn.Module, settings.Config, Family]:
+    """The empty model, settings and family of 400 steps with flags as they are typed; published settings."""
     flags = settings.read_flags("", shlex.split(re.sub(r"--model \S+/", f"--model {FAMILIES}/", typed)))
-    config, family = read_family(flags["model"])
-    phases = predict(empty_model(config), settings.resolve(flags, family)[0], family)
-    return [sum(parts.values()) / 1e9 for parts in phases.values()]
+    model, family = published_model(flags["model"])
+    return model, settings.resolve({"steps": 400} | flags, family)[0], family
+
+
+def predicted_gigabytes(typed: str) -> list[float]:
+    """The predicted peak of each phase for flags as they are typed."""
+    return [sum(parts.values()) / 1e9 for parts in predict(*prediction_inputs(typed)).values()]
 
 
 def test_predicted_memory_is_that_of_the_dry_run():
@@ -132,6 +149,63 @@ def test_predicted_memory_is_that_of_the_dry_run():
         typed = " ".join([base, *re.findall(r"`(--.*?)`", changed)])
         expected = predicted_gigabytes(typed)
         assert list(map(float, re.findall(r"[\d.]+", phases))) == pytest.approx(expected, abs=0.006), typed
+
+
+def test_predicted_hours_are_those_of_the_formula():
+    """Of both tables of docs/gpu.md: by flags on a card of that size, and by card."""
+    text, time_of_a_run = page("gpu.md"), page("gpu.md").partition("## Time of a run")[2]
+    row = r"^\| (\d+) GB \| `(--model .*?)` \|[^|]*\| ([\d.]+) h on an? ([\w ]+), predicted \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) == 7
+    for gigabytes, typed, hours, card in rows:
+        assert CARDS[card][0] == int(gigabytes)
+        assert float(hours) == pytest.approx(predict_hours(*prediction_inputs(typed), card)[0], abs=0.051)
+    row = r"^\| ([\w ]+?) \| (\d+), (\d+), (\d+) \| (.*), predicted \| (.*), predicted \|$"
+    table = re.findall(row, time_of_a_run, re.MULTILINE)
+    assert {name: tuple(map(int, sheet)) for name, *sheet, _, _ in table} == CARDS
+    for card, gigabytes, _, _, *cells in table:
+        for size, cell in zip(("3B", "7B"), cells, strict=True):
+            typed = f"--model Qwen/Qwen2.5-VL-{size}-Instruct --image-pixels 307200"
+            too_large = max(predicted_gigabytes(typed)) + CONTEXT > int(gigabytes)
+            assert (cell == "too large") == too_large, (card, size)
+            if not too_large:
+                hours = predict_hours(*prediction_inputs(typed), card)[0]
+                assert float(cell.removesuffix(" h")) == pytest.approx(hours, abs=0.051), (card, size)
+
+
+def unmarked_figures(text: str) -> list[str]:
+    """Cells of tables with a figure, of which neither they nor the row's title say measured or predicted.
+
+    No figures: code, names of models, cards and number formats, the header, columns of cards and data sheets.
+
+    >>> rows = "| T4 | 3 h |\\n| T4 | 2 h, predicted |\\n| `--lr 1` | not measured |"
+    >>> unmarked_figures("| card | time |\\n|---|---|\\n" + rows)
+    ['3 h']
+    """
+    unmarked = []
+    for table in re.findall(r"^\|.*\n\|[-|]+\|\n(?:\|.*(?:\n|$))+", text, re.MULTILINE):
+        table = re.sub(NAMES, "", table)
+        header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+        for title, *cells in (row[1:-1] for row in rows):
+            columns = zip(header[1:], [title, *cells])
+            figures = [cell for name, cell in columns if not re.match("card|data sheet", name)]
+            unmarked += [c for c in figures if re.search(r"\d", c) and not MARKED.search(f"{title} {c}")]
+    return unmarked
+
+
+def test_every_figure_about_gpus_is_marked_as_measured_or_predicted():
+    assert unmarked_figures(page("gpu.md")) == []
+    for word_of in (r"packed: one row a group", r"\| 5\.3", r"h on a T4"):
+        spoiled = re.sub(f"({word_of}), (?:measured|predicted)", r"\1", page("gpu.md"), count=1)
+        assert len(unmarked_figures(spoiled)) > 0, "a word that is missing is found"
+
+
+def test_every_measured_figure_about_gpus_names_machine_version_and_command():
+    for section in page("gpu.md").split("\n## ")[1:]:
+        tables = "".join(re.findall(r"^\|.*$", section, re.MULTILINE))
+        if re.search(r"(?<!not )measured", tables):
+            assert re.search(r"torch \d", section) and re.search(r"python\s+\S+\.py", section), section[:40]
+            assert re.search(r"CPU\s+only|RTX|T4|H100|H200|A100", section), section[:40]
 
 
 def test_every_metric_is_documented():

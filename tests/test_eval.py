@@ -12,7 +12,7 @@ from random_models import noise, png_cell, random_policy, with_adapter
 
 import eval as evaluation
 from data import CueConfig, scene_cues
-from evaluation import reply_cache
+from evaluation import reply_cache, session
 from evaluation.reply_cache import ReplyCache
 from files.errors import UserError
 from models import add_lora, load_policy
@@ -214,7 +214,7 @@ def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):
     (tmp_path / "POPE.tsv").write_text("\n".join(rows) + "\n")
     policy = random_policy("qwen2_5_vl")
     with_adapter(random_policy("qwen2_5_vl")).model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(session, "load_policy", lambda *_, **__: policy)
     flags = ("--max-new-tokens", 6, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     code, results = run("pope", "--data", tmp_path / "POPE.tsv", *flags)
     assert code == 0 and set(results["before"]) == {"direct", "think"}
@@ -271,6 +271,7 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
         (["scenes", "--n", "0"], "--n 0"),
         (["scenes", "--adapter", "nowhere"], "nowhere"),
         (["cues", "--data", "nowhere"], "nowhere"),
+        (["scenes", "--cue-prompt", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(arguments, names, capsys, tmp_path, monkeypatch):

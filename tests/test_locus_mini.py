@@ -1,28 +1,45 @@
 """GRPO: the loss against its formulas in plain Python, and what must not change the gradient."""
 
+import copy
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from random_models import prompts, random_policy, with_adapter
+from random_models import make_infinite, prompts, random_policy, with_adapter
 
+from data import CueConfig, scene_cues
 from locus_mini import (
+    FP16_LOSS_SCALE,
+    LOCUS,
+    LOSS_SCALE_INTERVAL,
     Config,
+    Example,
     group_advantages,
     grpo_loss,
+    importance_weights,
     learning_rate,
     micro_batch_slices,
     optimizer_step,
+    sample_batch,
     token_weights,
+    train_step,
+    update_loss_scale,
 )
-from policy import collate, rollout, token_logps
+from models import add_lora, load_policy
+from policy import Policy, Rollout, collate, rollout, token_logps
+from reward import Reward
+from training import run_folder
 
 CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
 
 
-def loss_in_python(logps, old, ref, advantages, mask, cfg: Config) -> float:
+GAP, RATIO = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
+
+
+def loss_in_python(logps, old, ref, rollout_logps, advantages, mask, cfg: Config) -> float:
     """The loss by the formulas of the papers, with loops over Python floats."""
     B, G, T = mask.shape
     lengths = [[int(mask[b, g].sum()) for g in range(G)] for b in range(B)]
@@ -37,6 +54,9 @@ def loss_in_python(logps, old, ref, advantages, mask, cfg: Config) -> float:
                 J = min(rho * A, clipped * A)
                 if A < 0:
                     J = max(J, cfg.dual_clip * A)
+                if cfg.importance_sampling_cap:
+                    mu = math.exp(float(old[b, g, t] - rollout_logps[b, g, t]))
+                    J *= min(mu, cfg.importance_sampling_cap)
                 d = float(ref[b, g, t] - logps[b, g, t])
                 k3 = math.exp(d) - d - 1
                 weight = {
@@ -68,12 +88,32 @@ def loss_weights(mask, cfg: Config):
 
 @pytest.mark.parametrize("loss", ["token_mean", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("cap", [0.0, 1.5, 2.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_equals_its_formula(loss, beta, seed):
+def test_the_loss_equals_its_formula(loss, beta, cap, seed):
     logps, old, ref, advantages, mask = example(seed)
-    cfg = replace(CFG, loss=loss, beta=beta)
-    value, _ = grpo_loss(logps, old, ref if beta else None, advantages, loss_weights(mask, cfg), cfg)
-    assert value.item() == pytest.approx(loss_in_python(logps, old, ref, advantages, mask, cfg), abs=1e-12)
+    rollout_logps = old + 0.5 * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
+    cfg = replace(CFG, loss=loss, beta=beta, importance_sampling_cap=cap)
+    importance = importance_weights(old, rollout_logps, cap)
+    reference, weights = ref if beta else None, loss_weights(mask, cfg)
+    value, _ = grpo_loss(logps, old, reference, advantages, weights, cfg, importance)
+    expected = loss_in_python(logps, old, ref, rollout_logps, advantages, mask, cfg)
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    if cap == 0:
+        assert torch.equal(value, grpo_loss(logps, old, reference, advantages, weights, cfg)[0])
+
+
+@pytest.mark.parametrize(
+    ("gap", "weight"), [(0.0, 1.0), (-0.5, math.exp(-0.5)), (0.5, math.exp(0.5)), (1, 2)]
+)
+def test_importance_weights_scale_the_gradient(gap, weight):
+    """At ratio 1 the gradient of the loss is −μ · A: μ itself has none."""
+    logps = torch.tensor([[[-1.0]]], dtype=torch.float64, requires_grad=True)
+    old = logps.detach()
+    importance = importance_weights(old, old - gap, 2.0)
+    cfg, A = replace(CFG, beta=0.0), torch.tensor([[3.0]], dtype=torch.float64)
+    grpo_loss(logps, old, None, A, torch.ones(1, 1, 1), cfg, importance)[0].backward()
+    assert logps.grad.item() == pytest.approx(-3 * weight, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +233,46 @@ def test_the_micro_batch_size_does_not_change_the_gradient(loss, beta):
             assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
 
+def test_sampling_and_training_of_the_embedded_model_agree_in_float32():
+    """On the CPU the correction is 1 to 1e-4, whether the gradient is corrected or not."""
+    policy, cfg = add_lora(load_policy("tiny"), 4), replace(CFG, prompts=2, source="object", micro_batch=2)
+    batch = sample_batch(policy.processor, scene_cues(CueConfig(), "train", 0), 0, cfg)
+    cfg = replace(cfg, max_new_tokens=policy.processor.family.max_new_tokens)
+    rollouts = LOCUS.sample(policy, batch, 0, cfg)
+    collated = collate(policy, [example.prompt for example in batch])
+    with torch.no_grad():
+        old = token_logps(policy, collated, rollouts.tokens, rollouts.mask)
+    importance = importance_weights(old, rollouts.logps, 2.0)
+    assert 0 < (importance - 1).abs().max() < 1e-4
+    advantages = group_advantages(torch.rand(2, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = NoStep([p for p in policy.model.parameters() if p.requires_grad])
+    metrics = optimizer_step(policy, optimizer, [(collated, rollouts, advantages, None)], cfg)
+    assert 0 < metrics[GAP] < 1e-4 and 0 < abs(metrics[RATIO] - 1) < 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_log_has_the_mean_gap_and_the_mean_ratio_over_tokens(beta):
+    """Two micro-batches with known gaps. The second has equal rewards: without the KL it gets no pass."""
+    policy = with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    parts, gaps = [], (0.5, -1.0)
+    for prompt, gap in zip(prompts(policy, 2), gaps):
+        batch = collate(policy, [prompt])
+        rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(1))
+        rollouts = replace(rollouts, logps=rollouts.logps - gap * rollouts.mask)
+        parts.append((batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]) * (gap > 0), None))
+    optimizer = NoStep([p for p in policy.model.parameters() if p.requires_grad])
+    metrics = optimizer_step(policy, optimizer, parts, replace(CFG, beta=beta, importance_sampling_cap=1.2))
+    first, second = (part[1].mask.sum().item() for part in parts)
+    second_gap, second_ratio = (1.0, math.exp(-1)) if beta else (0.0, 1.0)
+    expected = (0.5 * first + second_gap * second) / (first + second)
+    assert metrics[GAP] == pytest.approx(expected, abs=1e-4)
+    expected = (1.2 * first + second_ratio * second) / (first + second)
+    assert metrics[RATIO] == pytest.approx(expected, abs=1e-4)
+    off = optimizer_step(policy, optimizer, parts, replace(CFG, beta=beta, importance_sampling_cap=0.0))
+    assert off[GAP] == metrics[GAP] and off[RATIO] == 1
+
+
 def test_a_rollout_is_split_into_updates_and_an_update_into_micro_batches():
     cfg = replace(CFG, prompts=12, updates=3, micro_batch=3)
     updates = [[list(range(12))[s] for s in slices] for slices in micro_batch_slices(cfg)]
@@ -239,3 +319,118 @@ def test_a_step_raises_the_probability_of_the_better_completion():
     optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], replace(CFG, beta=0.0))
     after = token_logps(policy, batch, rollouts.tokens, rollouts.mask).sum(-1)[0]
     assert after[0] > before[0] and (after[1:] < before[1:]).all()
+
+
+# ---------------------------------------------------------------- groups that are not finite, and float16
+
+
+def float16_policy() -> Policy:
+    """In float16, with an adapter in float32."""
+    policy = random_policy("qwen3_vl")
+    policy.base_model.half()
+    return with_adapter(policy)
+
+
+def random_rewards(completions: list[str], example: Example, cfg: Config) -> list[Reward]:
+    """Rewards that depend on the example alone."""
+    rng = random.Random(example.index)
+    return [Reward(rng.random(), rng.random(), 1.0) for _ in completions]
+
+
+def one_step(policy: Policy, examples: list[Example], rollouts: Rollout, cfg: Config):
+    """The metrics of a step on these completions, and the weights after it, as one vector."""
+    policy = copy.deepcopy(policy)
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params)
+    task = replace(LOCUS, sample=lambda *_: rollouts, score=random_rewards)
+    metrics, _ = train_step(policy, optimizer, None, 0, cfg, task, examples)
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+    return metrics, torch.cat([p.detach().flatten() for p in trainable_params])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_without_a_group_that_is_not_finite_equals_one_on_the_others(updates, dtype):
+    policy = float16_policy() if dtype == torch.float16 else with_adapter(random_policy("qwen3_vl"))
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 4)
+    examples = [Example(i, None, prompt) for i, prompt in enumerate(encoded_prompts)]
+    make_infinite(policy, encoded_prompts[1])
+    batch = collate(policy, encoded_prompts)
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    cfg = replace(CFG, updates=updates, micro_batch=1, lr=1e-3)
+    metrics, weights = one_step(policy, examples, rollouts, cfg)
+    others = [0, 2, 3]
+    kept = rollouts.select(torch.tensor(others))
+    expected, same = one_step(policy, [examples[i] for i in others], kept, replace(cfg, prompts=3))
+    assert torch.equal(weights, same)
+    assert metrics.pop("frac_groups_not_finite") == 0.25 and expected.pop("frac_groups_not_finite") == 0
+    assert metrics == expected and metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+    start = torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    assert not torch.equal(weights, start)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_in_which_no_group_is_finite_is_skipped(updates, beta):
+    policy = float16_policy()
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 4)
+    for prompt in encoded_prompts:
+        make_infinite(policy, prompt)
+    batch = collate(policy, encoded_prompts)
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    examples = [Example(i, None, prompt) for i, prompt in enumerate(encoded_prompts)]
+    cfg = replace(CFG, updates=updates, micro_batch=2, lr=1e-3, beta=beta)
+    metrics, weights = one_step(policy, examples, rollouts, cfg)
+    assert metrics["skipped"] == metrics["frac_groups_not_finite"] == 1
+    before = torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    assert torch.equal(weights, before)
+
+
+def test_the_loss_scale_halves_after_a_skipped_step_and_doubles_after_a_hundred_applied_ones():
+    group = {"loss_scale": 1024.0}
+    for applied, count, expected in (
+        (True, LOSS_SCALE_INTERVAL - 1, 1024),
+        (True, 1, 2048),
+        (True, LOSS_SCALE_INTERVAL - 1, 2048),
+        (False, 1, 1024),  # the count starts anew
+        (True, LOSS_SCALE_INTERVAL - 1, 1024),
+        (False, 3, 128),
+        (True, LOSS_SCALE_INTERVAL, 256),
+    ):
+        for _ in range(count):
+            update_loss_scale(group, applied)
+        assert group["loss_scale"] == expected
+
+
+def test_gradients_that_overflow_float16_halve_the_scale_until_they_fit(tmp_path):
+    """The steps after a checkpoint equal those without one: it holds the scale."""
+    policy = float16_policy()
+    torch.manual_seed(0)
+    batch = collate(policy, prompts(policy, 1))
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_params, lr=0.0)  # so that every step has the same gradients
+    optimizer.param_groups[0]["loss_scale"] = 2.0**22
+    parts = [(batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]), None)]
+    skipped = [optimizer_step(policy, optimizer, parts, CFG)["skipped"] for _ in range(20)]
+    num_skipped = int(sum(skipped))
+    assert 2 < num_skipped < 20 and skipped == [1] * num_skipped + [0] * (20 - num_skipped)
+    assert optimizer.param_groups[0]["loss_scale"] == 2.0 ** (22 - num_skipped)
+    run_folder.save_checkpoint(tmp_path, 1, policy.model, optimizer, {})
+    resumed = torch.optim.AdamW(trainable_params, lr=1.0)
+    assert run_folder.load_checkpoint(tmp_path, policy.model, resumed, {}) == 1
+    for name in ("loss_scale", "applied_steps", "lr"):
+        assert resumed.param_groups[0][name] == optimizer.param_groups[0][name]
+
+
+def test_only_float16_has_a_loss_scale():
+    for policy in (float16_policy(), with_adapter(random_policy("qwen3_vl"))):
+        torch.manual_seed(0)
+        batch = collate(policy, prompts(policy, 1))
+        rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer_step(policy, optimizer, [(batch, rollouts, torch.tensor([[1.0, -1.0, 0.0]]), None)], CFG)
+        scale = FP16_LOSS_SCALE if policy.base_model.dtype == torch.float16 else None
+        assert optimizer.param_groups[0].get("loss_scale") == scale

@@ -154,3 +154,16 @@ def test_the_opening_of_a_thinking_template_belongs_to_the_completion(folder, op
     template.write_text(text)
     policy = load_policy(str(tmp_path / "model"), load_in_4bit=False)
     assert policy.processor.family.opening == opening
+
+
+def test_loading_turns_cudnn_attention_off(folder):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_policy(str(folder), load_in_4bit=False)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
+def test_float16_warns_in_one_sentence(dtype, folder, capsys):
+    load_policy(str(folder), load_in_4bit=False, dtype=dtype)
+    assert ("no bfloat16" in capsys.readouterr().err) == (dtype == torch.float16)

@@ -1,17 +1,13 @@
 """The packed pass, the rollout and the plain model assign the same log-probabilities to a completion."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-from random_models import prompts, random_policy, with_adapter
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from random_models import make_infinite, prompts, random_policy, with_adapter
 
 import policy as policy_module
 from evaluation.reply_cache import generate_replies
-from files.errors import UserError
 from models import add_lora, enable_gradient_checkpointing
 from policy import (
     Policy,
@@ -262,43 +258,6 @@ def test_rollouts_of_parts_of_a_batch_join_to_one(policy):
     assert torch.allclose(logps, rollouts.logps, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [1, 2, 4])
-def test_grouped_query_attention_equals_attention_with_copied_keys(share, monkeypatch):
-    torch.manual_seed(0)
-    module = SimpleNamespace(num_key_value_groups=share, is_causal=True)
-    query = torch.randn(3, 5, 8, 16).transpose(1, 2)  # [B, A, Q, D], as transformers has it
-    key, value = torch.randn(2, 3, 8 // share, 20, 16)  # [B, K, L, D] each
-    mask = torch.rand(3, 1, 5, 20) > 0.4
-    mask[..., 0] = True
-    grouped, _ = policy_module.grouped_query_attention(module, query, key, value, mask, scaling=0.3)
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    assert grouped.shape == (3, 5, 8, 16) and torch.allclose(grouped, expected, atol=1e-6)
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def with_gpu_layout(*args, **kwargs) -> torch.Tensor:  # [B, K, Q, D], but in memory [B, Q, K, D]
-        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", with_gpu_layout)
-    assert torch.equal(
-        policy_module.grouped_query_attention(module, query, key, value, mask, scaling=0.3)[0], grouped
-    )
-    rolled, _ = policy_module.grouped_query_attention(
-        module, query, key, value, mask.roll(1, -1), scaling=0.3
-    )
-    assert not torch.allclose(rolled, expected, atol=1e-2), "the mask has no effect"
-
-
-def test_a_preallocated_cache_holds_the_same_as_one_that_appends():
-    """Beyond its capacity it grows, but never over its maximum."""
-    torch.manual_seed(0)
-    preallocated, appending = policy_module.PreallocatedCacheLayer(40), DynamicLayer()
-    for num_columns in (7, 3, 3, 3, 3, 15, 6):
-        keys, values = torch.randn(2, 2, 3, num_columns, 4)  # [B, K, Q, D] each
-        result, expected = preallocated.update(keys, values), appending.update(keys, values)
-        assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
-        assert preallocated.get_seq_length() == appending.get_seq_length() <= preallocated.keys.shape[2] <= 40
-
-
 def test_image_features_are_the_same_in_several_passes(policy, monkeypatch):
     torch.manual_seed(0)
     together, apart = prompts(policy, 4), prompts(policy, 4)
@@ -311,12 +270,61 @@ def test_image_features_are_the_same_in_several_passes(policy, monkeypatch):
                 assert torch.allclose(layer, expected, atol=1e-5)
 
 
-def test_hidden_states_that_are_not_finite_end_a_rollout_with_one_sentence(policy):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_group_that_is_not_finite_has_no_tokens_and_changes_no_other(greedy, dtype, policy):
+    """In a batch, and in the pass that scores it."""
+    policy.base_model.to(dtype)
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    kwargs = {} if greedy else {"generator": torch.Generator()}
+
+    def sample() -> Rollout:
+        if not greedy:
+            kwargs["generator"].manual_seed(0)
+        return rollout(policy, collate(policy, encoded_prompts), 3, 8, **kwargs)
+
+    expected = sample()
+    assert expected.finite.tolist() == [True] * 3
+    make_infinite(policy, encoded_prompts[1])
+    rollouts = sample()
+    assert rollouts.finite.tolist() == [True, False, True]
+    assert not rollouts.mask[1].any() and (rollouts.logps[1] == 0).all()
+    for b in (0, 2):
+        for name in ("tokens", "logps"):
+            values, others = (getattr(r, name)[b][r.mask[b]] for r in (rollouts, expected))
+            assert torch.equal(values, others)
+    with torch.no_grad():
+        logps = token_logps(policy, collate(policy, encoded_prompts), rollouts.tokens, rollouts.mask)
+    assert logps.isfinite().all() and (logps[1] == 0).all()
+    joined = Rollout.join([rollouts.select(slice(0, 1)), rollouts.select(slice(1, 3))])
+    assert torch.equal(joined.finite, rollouts.finite)
+
+
+def test_one_completion_that_is_not_finite_makes_its_whole_group_so(policy):
+    """Its keys and values are in the row that the group shares, where 0 · NaN is NaN."""
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    batch = collate(policy, encoded_prompts)
+    expected = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    other_tokens = torch.cat([batch.input_ids.flatten(), expected.tokens[1:].flatten()])
+    first_tokens = expected.tokens[0, :, 0][expected.mask[0, :, 1]]  # of completions that go past it
+    token = next(token for token in first_tokens if token not in other_tokens)
+    policy.base_model.get_input_embeddings().weight[token] = torch.inf
+    rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0))
+    assert rollouts.finite.tolist() == [False, True, True]
+    assert torch.equal(rollouts.tokens[1:][rollouts.mask[1:]], expected.tokens[1:][expected.mask[1:]])
+
+
+@pytest.mark.parametrize("place", ["hidden state", "logits"])
+def test_damaged_weights_leave_no_group_finite(place, policy):
     _, batch, _ = sampled(policy)
-    norm = policy.base_model.model.language_model.norm
-    norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        rollout(policy, batch, 2, 4, torch.Generator().manual_seed(0))
+    if place == "logits":
+        policy.base_model.lm_head.weight[7] = torch.inf
+    else:
+        policy.base_model.model.language_model.norm.weight[0] = torch.nan
+    assert not rollout(policy, batch, 2, 4, torch.Generator().manual_seed(0)).finite.any()
+    assert not rollout(policy, batch, 1, 4).finite.any()
 
 
 def test_self_check_passes_on_a_fresh_adapter():

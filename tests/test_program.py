@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import eval as eval_module
 import locus_mini
 from data import CueConfig, scene_cues
+from evaluation import heldout
 from evaluation.reply_cache import generate_replies
 from files.errors import UserError
 from models import load_adapter, load_policy
@@ -48,6 +49,7 @@ def test_a_run_writes_the_files_that_the_readme_names(run):
     for name in ("config.json", "metrics.jsonl", "results.json", "before_after.png", "group.png"):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert done.stdout.startswith("device: "), "up front"
     assert "self-check passed" in done.stdout and "cue search (IoU)" in done.stdout
     for kind in scenes.KINDS:
         assert all(f"  {kind} of {size} objects" in done.stdout for size in scenes.SIDES)
@@ -60,13 +62,19 @@ def test_a_run_writes_the_files_that_the_readme_names(run):
 def test_metrics_have_one_line_per_step(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "rollout_gap", "grad_norm"}
+    expected = {"step", "reward", "iou", "format", "loss", "kl", "clip_ratio", "grad_norm"}
+    expected |= {"sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"}
     expected |= {"completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
-    expected |= {"skipped", "lr", "seconds"}
+    expected |= {"frac_groups_not_finite", "skipped", "lr", "seconds"}
+    expected |= {"memory/reserved_gb"}
+    phases = {"seconds/vision", "seconds/prefill", "seconds/decoding", "seconds/passes"}
     for line in lines:
-        assert set(line) == expected
+        assert set(line) == expected | phases
+        assert all(line[name] > 0 for name in phases) and sum(line[name] for name in phases) < line["seconds"]
         assert line["reward"] == pytest.approx(0.9 * line["iou"] + 0.1 * line["format"], abs=1e-5)
-        assert line["rollout_gap"] < 1e-3 and line["skipped"] == 0
+        assert line["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert line["skipped"] == line["frac_groups_not_finite"] == 0
+        assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
     assert lines[0]["kl"] == 0, "the first step starts at the reference"
     updated = [line["grad_norm"] > 0 for line in lines]
     assert any(updated[:2]), "no group of the first steps had different rewards"
@@ -100,7 +108,8 @@ def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
     again = tmp_path / "again"
 
     def metrics(path: Path) -> list[dict]:
-        return [json.loads(x) | {"seconds": 0} for x in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        return [{key: line[key] for key in line if not key.startswith("seconds")} for line in lines]
 
     assert metrics(folder) == metrics(again)
     name = "adapter/adapter_model.safetensors"
@@ -160,6 +169,7 @@ def test_the_printed_command_repeats_the_flags_of_the_run(tmp_path, monkeypatch)
     flags = {
         "model": str(folder / "model"),
         "load_in_4bit": False,
+        "cpu": True,
         "data": "coco",
         "annotations": annotations,
     }
@@ -176,10 +186,58 @@ def test_eval_scores_an_adapter_before_and_after(run, tmp_path):
     adapter = str(run[0] / "adapter")
     done = launch("eval.py", "scenes", "--adapter", adapter, "--n", "5", "--out", "scores", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("device: "), "up front"
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert results["before"]["cue"]["n"] == results["after"]["cue"]["n"] == 5
     assert (tmp_path / "scores" / "before_after.png").is_file()
     assert "±" in done.stdout
+
+
+def test_a_prompt_of_ones_own_is_asked_in_training_and_in_evaluation(tmp_path, monkeypatch, capsys):
+    """The same text in the run and in the command that it prints; no other prompt resumes the run."""
+    path, out, images, prompts = tmp_path / "cue.txt", tmp_path / "r", [], []
+    path.write_text("Find Image 2 in Image 1 in {units}.{think}\n")
+    real = locus_mini.encode_cue
+
+    def recorded(processor, cue, source):
+        images.append(cue.image)
+        prompts.append(real(processor, cue, source))
+        return prompts[-1]
+
+    for module in (locus_mini, heldout):
+        monkeypatch.setattr(module, "encode_cue", recorded)
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--cue-prompt", str(path), "--out", str(out), *SMALL, "--steps", "1"]
+    )
+    locus_mini.main()
+    config = json.loads((out / "config.json").read_text())
+    assert config["cue_text"] == "Find Image 2 in Image 1 in {units}.{think}"
+    flags = printed_flags(capsys.readouterr().out, "scenes", monkeypatch)
+    assert flags.cue_prompt == config["cue_text"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--n", "2", "--out", str(tmp_path / "scores")])
+    eval_module.main()
+    tokenizer = load_policy("tiny").processor.tokenizer
+    texts = {tokenizer.decode(prompt.input_ids).replace("<|image_pad|>", "") for prompt in prompts}
+    assert len(prompts) > 12 and len(texts) == 1, "of the run, its evaluation, and eval.py"
+    assert "in coordinates from 0 to 1000." in texts.pop().replace(" .", ".")
+    (out / "results.json").unlink()
+    path.write_text("Find Image 1 in Image 2 in {units}.{think}\n")
+    code, stderr = in_process(monkeypatch, capsys, "--resume", str(out))
+    assert code == 2 and str(path) in stderr and "has changed" in stderr
+
+
+@pytest.mark.parametrize("program", ["locus_mini.py", "eval.py scenes"])
+def test_a_torchvision_of_another_torch_is_one_sentence(program, tmp_path, monkeypatch):
+    """What such a torchvision raises; without the sentence, transformers reports a missing BLOOM model."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = launch(*program.split(), "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "torchvision::nms does not exist" in done.stderr
+    assert "python -m pip uninstall torchvision" in done.stderr and not (tmp_path / "run").exists()
 
 
 def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
@@ -212,6 +270,8 @@ def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--steps", "many"], "--steps"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--box-frame", "polar"], "--box-frame"),
+        (["--cue-prompt", "none.txt"], "none.txt"),
+        (["--crop-min-pixels", "99999"], "--crop-min-pixels 99999"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, names, monkeypatch, capsys, tmp_path):
@@ -270,7 +330,7 @@ def test_presets_are_flags_that_flags_override():
     cfg, origin = resolve({"preset": "paper", "num_generations": 4}, family)
     assert (cfg.lr, cfg.beta, cfg.num_generations) == (1e-6, 0.01, 4)
     assert (cfg.weight_decay, cfg.warmup, cfg.alpha) == (0.01, 0.05, 0.1)
-    assert cfg.prompts // cfg.updates == 128
+    assert cfg.prompts // cfg.updates == 128 and cfg.steps * cfg.prompts == 204_800, "two passes of 99,500"
     assert (origin["lr"], origin["num_generations"], origin["alpha"]) == ("preset paper", "flag", "default")
     with pytest.raises(UserError, match="--clip-low"):
         resolve({"clip_low": -1.0}, family)

@@ -13,8 +13,9 @@ from tiny.scenes import COLORS, SHAPES, SIDE
 SPECIAL_TOKENS = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end")]
 SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
 # The tokenizer is trained on these, so every word of a prompt or an answer is a single token.
-SENTENCES = ["user\n", "assistant\n", "Find the object with inside.", "Find Image 2 in Image 1.", "What is Image 2?"]
-SENTENCES += ["What shape is the object?", "What is inside the object?", "Where is the object?", "[1, 2, 3]"]
+SENTENCES = ["user\n", "assistant\n", "Find the object with inside.", "Find Image 2 in Image 1."]
+SENTENCES += ["What is Image 2?", "What shape is the object?", "What is inside the object?"]
+SENTENCES += ["Where is the object?", "[1, 2, 3]"]
 SENTENCES += [f" {word}" for word in (*COLORS, *SHAPES, "top", "bottom", "left", "right")]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"

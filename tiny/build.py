@@ -209,7 +209,7 @@ class Build:
         self.file.with_suffix(".new").replace(self.file)
 
     def train(self, name: str, parameters: list, loss_function: Callable, measure: Callable) -> None:
-        """AdamW on loss_function(rng) for the steps that a stage has left; then measure() tells the accuracy."""
+        """AdamW on loss_function(rng) for the steps that a stage has left; then measure() gives accuracy."""
         if name in self.state["accuracy"]:
             return
         stage, num_steps = STAGES[name], self.steps[name]
@@ -300,7 +300,7 @@ class Build:
                 self.examples[len(example[0].objects) <= FEW].append(example)
 
     def turns_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the replies in rows `[scene | turn 1 | … | turn 8]`; also what the progress bar shows."""
+        """The loss of the replies in rows `[scene | turn 1 | … | turn 8]`; what the progress bar shows."""
         tokenizer, model, batch = self.tokenizer, self.model.model, 8
         few = [rng.random() < stage.few_share for _ in range(batch)]
         drawn = [rng.choice(self.examples[is_few]) for is_few in few]

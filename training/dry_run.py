@@ -22,11 +22,12 @@ from models import read_family
 from policy import LOGIT_CHUNK_SIZE, MAX_PATCHES_PER_PASS, Policy
 from prompts import Family
 from reward import Reward
+from training.decoding import PROMPTS_PER_PASS
 from training.experiment import prepare
 from training.memory import LOWER, PEAKS
 from training.settings import Config, resolve
+from training.time_prediction import TEXT_TOKENS, measure_hours, time_table
 
-TEXT_TOKENS = 128  # of a prompt, roughly; the rest are image tokens
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, roughly
 
@@ -60,11 +61,13 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     A row of P prompt tokens and G · T completion tokens has L = P + G · T columns. With H the hidden size, F
     that of the feed-forward layers and A that of all attention heads together, in bytes:
 
-    rollout      the largest of: the vision tower; a layer that reads the prompts, 12·F + 15·H per token, and
-                 their keys and values; all keys and values, and 16 per completion and word of the vocabulary
+    rollout      the vision tower or, if it is larger, all keys and values, and with them a layer that reads
+                 four prompts, 12·F + 15·H per token and their keys and values again, or 16 per completion
+                 and word of the vocabulary
     policy pass  per column, with gradient checkpointing: each layer's input, 2·H, and one layer at work,
-                 28·H + 12·A + 14·F; without: what each layer keeps, 28·H + 12·A + 10·F, and 4·F for the one
-                 at work; and the mask and scores, 3·L. Or a chunk of logits, if it is larger
+                 28·H + 12·A + 14·F; without: what each layer keeps, 28·H + 12·A + 10·F and a copy of the
+                 mask, 2·L, and 4·F for the one at work; and the mask and scores, 3·L. Or a chunk of
+                 logits, if it is larger
     """
     text, vision = model.config.get_text_config(), model.config.vision_config
     H, F, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
@@ -78,10 +81,11 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     batch = min(cfg.rollout_batch, cfg.prompts)
     patches = min(MAX_PATCHES_PER_PASS, batch * (P - TEXT_TOKENS) * vision.spatial_merge_size**2)
     seeing = patches * (20 * vision.hidden_size + 6 * vision.intermediate_size)
-    reading = batch * P * (12 * F + 15 * H + kv_bytes)
-    writing = batch * (L * kv_bytes + 16 * cfg.num_generations * text.vocab_size)
+    reading = min(PROMPTS_PER_PASS, batch) * P * (12 * F + 15 * H + kv_bytes)
+    writing = batch * 16 * cfg.num_generations * text.vocab_size
+    rollout = max(seeing, batch * L * kv_bytes + max(reading, writing))
     # The policy pass keeps something of each layer, and needs more for the layer at work.
-    kept, work = 28 * H + 12 * A + 10 * F, 4 * F
+    kept, work = 28 * H + 12 * A + 10 * F + 2 * L, 4 * F
     if cfg.gradient_checkpointing:
         kept, work = 2 * H, 28 * H + 12 * A + 14 * F
     batch = min(cfg.micro_batch, cfg.prompts // cfg.updates)
@@ -92,7 +96,7 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
     inputs = {"layers' inputs": batch * L * (layers * kept + 10 * H)}
     return {
         "loading": parts,
-        "rollout": static | {"cache and layer at work": max(seeing, reading, writing)},
+        "rollout": static | {"cache and layer at work": rollout},
         "policy pass": static | gradients | inputs | {"layer at work": max(layer, logits)},
         "optimizer": static | gradients | {"update": parts["adapter"]},
     }
@@ -127,34 +131,59 @@ def largest_steps(policy: Policy, cfg: Config, train_step: Callable, task: Any) 
 
 
 def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
-    """Prints the peak memory by phase: predicted, and where there is a GPU measured on the largest steps."""
+    """Prints the peak memory by phase and the hours of a run: predicted, and where there is a GPU from steps.
+
+    The largest possible steps measure memory; two steps on the run's own cues then give its hours.
+    """
     if "resume" in flags:
         raise UserError("--dry-run does not read --resume: give it the flags of the run instead.")
     config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
-    predicted = predict(empty_model(config), resolve(flags, family)[0], family)
+    model, cfg = empty_model(config), resolve(flags, family)[0]
+    predicted = predict(model, cfg, family)
     try:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not flags.get("cpu"):
             policy, cfg, _ = prepare(flags)
-            seconds = [metrics["seconds"] for metrics in largest_steps(policy, cfg, train_step, task)]
-            print(f"seconds of the two steps, the first with warm-up: {seconds[0]:.1f}, {seconds[1]:.1f}")
-            print(f"PyTorch reserves {torch.cuda.memory_reserved() / 1e9:.2f} GB, with memory kept for reuse")
+            largest_steps(policy, cfg, train_step, task)
+            # Now the memory of the largest steps is measured, and their shapes have warmed up the GPU.
+            print(f"A run on this GPU, from two steps: {measure_hours(policy, cfg, train_step, task)}")
     finally:
         print(table(predicted, PEAKS))  # after an out-of-memory error too: it has the phases before
+        peak = max(sum(parts.values()) for parts in predicted.values()) / 1e9 + CONTEXT
+        print(time_table(model, cfg, family, peak))
+    advise_16_bits(flags)
+
+
+def advise_16_bits(flags: dict[str, Any]) -> None:
+    """Prints a sentence where 4 bit is only the default and 16 bits would fit this GPU too, as predicted."""
+    if not torch.cuda.is_available() or flags.keys() & {"cpu", "load_in_4bit", "resume"}:
+        return
+    config, family = read_family(flags.get("model", "tiny"), flags.get("box_frame"))
+    cfg, _ = resolve(flags | {"load_in_4bit": False}, family)
+    peak = max(sum(parts.values()) for parts in predict(empty_model(config), cfg, family).values())
+    fits = peak + CONTEXT * 1e9 <= torch.cuda.get_device_properties(0).total_memory
+    if fits and not hasattr(config, "quantization_config"):  # weights that are in 4 bit already stay so
+        gain = "the weights are then not rounded, and need no time to unpack (not measured)"
+        print(f"--no-load-in-4bit would fit this GPU (peak {peak / 1e9:.2f} GB, predicted): {gain}.")
 
 
 def table(predicted: dict[str, dict[str, int]], measured: dict[str, int]) -> str:
-    """Peak memory by phase in GB, and the smallest card that holds it; `measured` is empty without a GPU."""
+    """Peak memory by phase in GB, and the smallest card that holds it; `measured` is empty without a GPU.
+
+    The phases are measured by what is allocated, which names the one to lower. A card must hold what is
+    reserved.
+    """
     totals = {name: sum(parts.values()) for name, parts in predicted.items()}
     lines = ["Measured on this GPU." if measured else "Predicted, not measured: nothing has run on a GPU."]
-    lines.append(f"{'phase':14}{'predicted':>10}{'measured':>10}  GB; predicted parts")
+    lines.append(f"{'phase':14}{'predicted':>10}{'allocated':>10}  GB; predicted parts")
     for name, parts in predicted.items():
         # Less than 5e6 bytes would print as 0.00.
         columns = [f"{n / 1e9:.2f}" if n >= 5e6 else "-" for n in (totals[name], measured.get(name, 0))]
         shown = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in parts.items() if n >= 5e6)
         if columns != ["-", "-"]:
             lines.append(f"{name:14}{columns[0]:>10}{columns[1]:>10}  {shown}".rstrip())
-    peak, worst = max((n, name) for name, n in (measured or totals).items())
-    peak = max(peak / 1e9, 0.01)
+    worst = max(predicted, key=lambda name: (measured or totals).get(name, 0))
+    peak = max((measured["reserved"] if measured else totals[worst]) / 1e9, 0.01)
     card = next((f"a card of {size} GB is" for size in CARDS if peak + CONTEXT <= size), "no single card is")
-    lines.append(f"The peak is {peak:.2f} GB, so {card} enough. If it does not fit: {LOWER[worst]}.")
+    kind = "reserved" if measured else "predicted"
+    lines.append(f"The {kind} peak is {peak:.2f} GB, so {card} enough. If it does not fit: {LOWER[worst]}.")
     return "\n".join(lines)

@@ -12,11 +12,12 @@ from data import CueConfig, Cues, open_cues
 from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import summarize, table
+from files.checkpoints import check_device
 from files.disk import write_json
 from files.errors import exit_on_error
-from models import add_lora, enable_gradient_checkpointing, load_policy
+from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
-from training import checks, pictures, run_folder
+from training import checks, pictures, run_folder, settings
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
 
@@ -40,15 +41,25 @@ def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
 
     dtype: as for `load_policy`.
     """
-    policy = load_policy(flags.get("model", "tiny"), flags.get("load_in_4bit"), flags.get("box_frame"), dtype)
+    model, cpu = flags.get("model", "tiny"), flags.get("cpu", False)
+    check_device(model, *device_and_dtype(cpu), cpu)
+    policy = load_policy(model, flags.get("load_in_4bit"), flags.get("box_frame"), dtype, cpu)
     cfg, origin = resolve(flags, policy.processor.family)
     family = policy.processor.family
-    image_limits = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
-    crop_limits = min(family.crop_pixels[0], cfg.crop_pixels), cfg.crop_pixels
-    policy.processor.family = replace(family, image_pixels=image_limits, crop_pixels=crop_limits)
+    image_range = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
+    crop_range, text = (cfg.crop_min_pixels, cfg.crop_pixels), settings.read_cue_prompt(cfg.cue_prompt)
+    policy.processor.family = replace(family, image_pixels=image_range, crop_pixels=crop_range, cue_text=text)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return add_lora(policy, cfg.lora_rank, cfg.seed), cfg, origin
+
+
+def open_run_cues(cfg: Config) -> tuple[Cues, Cues, list[Path | None]]:
+    """The cues that a run trains on, those that it is measured on, and the files that they come from."""
+    files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
+    cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
+    # Every run measures on the same held-out cues, whatever its seed and its source of cues.
+    return cues, open_cues(cfg.data, "heldout", 0, CueConfig(), **files), [*files.values()]
 
 
 def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
@@ -61,13 +72,11 @@ def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
     policy, cfg, origin = prepare(flags)
-    files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
-    cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
-    # Every run measures on the same held-out cues, whatever its seed and its source of cues.
-    heldout_cues = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
+    cues, heldout_cues, files = open_run_cues(cfg)
     folder = folder or run_folder.new_folder(cfg.out)
-    input_files = run_folder.input_files(*files.values(), Path(cfg.data))
-    inputs = {"task": task} | run_folder.fingerprints(policy.base_model, input_files)
+    input_files = run_folder.input_files(*files, cfg.cue_prompt, Path(cfg.data))
+    inputs = {"task": task, "cue_text": policy.processor.family.cue_text}
+    inputs |= run_folder.fingerprints(policy.base_model, input_files)
     origin = run_folder.write_config(folder, stored, cfg, origin, inputs, input_files)
     print_settings(cfg, policy.processor.family, origin)
     for part in (part for part in cues.left_out if part.reasons):
@@ -128,7 +137,8 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
 def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = ("model", "load_in_4bit", "box_frame", "data", "annotations", "images", "exclude")
+    names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
+    names += ("cue_prompt",)
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
     arguments = as_arguments({"adapter": folder / "adapter"} | given)
     flags = [word for argument in arguments for word in argument.split("=", 1)]

@@ -1,5 +1,8 @@
 """Every setting of a run: its flag, its value in the paper, and where its value comes from."""
 
+import importlib.util
+import os
+import re
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,7 +35,7 @@ class Config:
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default: a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card, a weekend", ("", "paper", "qlora"))
-    steps: int = setting(300, "rollouts, 0: evaluate alone; paper: about 400 optimizer steps")
+    steps: int = setting(300, "rollouts, 0: evaluate alone; paper: about 400")
     prompts: int | None = setting(None, "prompts per rollout; paper: 512", low=1)
     num_generations: int = setting(8, "completions per prompt, G; paper", low=2)
     updates: int = setting(1, "optimizer steps per rollout, each on a share of its prompts; paper: 4", low=1)
@@ -42,6 +45,8 @@ class Config:
     gradient_checkpointing: bool | None = setting(None, "recompute layers; less memory, slower")
     image_pixels: int | None = setting(None, "largest area of a full image, in pixels; ours", low=1)
     crop_pixels: int | None = setting(None, "largest area of a crop, in pixels; ours", low=1)
+    crop_min_pixels: int | None = setting(None, "least area, to which crops are enlarged; paper: 512²", low=1)
+    cue_prompt: Path | None = setting(None, "file of the request for a crop's box; default: in our words")
     max_new_tokens: int | None = setting(None, "longest completion, in tokens; ours", low=1)
     lr: float | None = setting(None, "learning rate, 0: no learning; paper: 1e-6, fully fine-tuned", high=100)
     decay: str = setting("linear", "learning rate after warm-up; paper: constant", ("linear", "constant"))
@@ -52,11 +57,13 @@ class Config:
     beta: float = setting(0.04, "coefficient of the KL to the reference; paper: 0.01")
     clip_low: float = setting(0.2, "clip range of the ratio below 1; paper's framework")
     clip_high: float = setting(0.3, "clip range of the ratio above 1; paper's framework")
+    importance_sampling_cap: float = setting(2.0, "cap of the ratio training / sampling, 0: off; ours")
     dual_clip: float = setting(3.0, "bound of the loss at negative advantages; paper's framework", low=1)
     alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
     lora_rank: int = setting(16, "rank of the adapter; ours", low=1)
     box_frame: str | None = setting(None, "coordinates of the model's boxes", FRAMES)
     load_in_4bit: bool | None = setting(None, "NF4 weights; default: on CUDA; ours")
+    cpu: bool = setting(False, "run on the CPU, also a large model (very slow); ours")
     seed: int = setting(0, "of cues, adapter and sampling; ours")
     kl_limit: float = setting(1.0, "warn where a step's mean KL is higher, in nats per token; ours")
     save_every: int = setting(20, "steps between checkpoints; ours", low=1)
@@ -66,7 +73,7 @@ class Config:
 
 PRESETS = {
     "": {},
-    "paper": dict(steps=100, prompts=512, updates=4, lr=1e-6, beta=0.01, decay="constant"),
+    "paper": dict(steps=400, prompts=512, updates=4, lr=1e-6, beta=0.01, decay="constant"),
     "qlora": dict(steps=400, prompts=16, lr=1e-5, beta=0.01, decay="constant"),
 }
 
@@ -79,6 +86,7 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
     preset = PRESETS[flags.get("preset", "")]
     row = {f.name: getattr(family, f.name) for f in fields(Config) if hasattr(family, f.name)}
     row |= {"image_pixels": family.image_pixels[1], "crop_pixels": family.crop_pixels[1]}
+    row["crop_min_pixels"] = min(family.crop_pixels[0], flags.get("crop_pixels", family.crop_pixels[1]))
     cfg = Config(**(row | preset | flags))
     origin = dict.fromkeys((f.name for f in fields(Config)), "default") | dict.fromkeys(row, "model family")
     origin |= dict.fromkeys(preset, f"preset {cfg.preset}") | dict.fromkeys(flags, "flag")
@@ -88,10 +96,28 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
             raise UserError(f"{flag_of(f.name)} {value} is out of range: give a number from {low} to {high}.")
     if cfg.prompts % cfg.updates:
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
+    if cfg.crop_min_pixels > cfg.crop_pixels:
+        raise UserError(f"--crop-min-pixels {cfg.crop_min_pixels} is above {cfg.crop_pixels}: lower it.")
     return cfg, origin
 
 
 # ---------------------------------------------------------------- settings as flags
+
+
+def prepare_torch() -> None:
+    """What must happen before torch is imported; UserError for a torchvision of another torch.
+
+    With such a torchvision, importing any model of transformers fails with a message about BLOOM.
+    """
+    # Prompts differ in length at every step, so blocks of fixed size would leave gaps that nothing fits in.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if importlib.util.find_spec("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # what a library raises that does not fit differs from version to version
+            text = f"torchvision does not fit torch ({str(error)[:99]!r}), and nothing here needs it: run"
+            raise UserError(f"{text} python -m pip uninstall torchvision.") from None
 
 
 def flag_of(name: str) -> str:
@@ -114,12 +140,24 @@ def read_flags(description: str, arguments: list[str] | None = None) -> dict[str
     parser.add_argument("--resume", type=Path, help="folder of a run that was stopped: continue it")
     parser.add_argument("--dry-run", action="store_true", help="predict peak memory, on a GPU measure it too")
     flags = vars(parser.parse_args(arguments))
-    for name in ("images", "annotations", "exclude", "expressions", "resume"):
+    for name in ("images", "annotations", "exclude", "expressions", "cue_prompt", "resume"):
         require_file(flag_of(name), flags.get(name), folder=name in ("images", "resume"))
     model_folder(flags.get("model", "tiny"))
+    read_cue_prompt(flags.get("cue_prompt"))
     if (data := flags.get("data", "scenes")) not in ("scenes", "coco") and not Path(data).is_dir():
         raise UserError(f"--data {data} does not exist: give scenes, coco or a folder of images.")
     return flags
+
+
+def read_cue_prompt(path: str | Path | None) -> str:
+    """The text of --cue-prompt, "" without it; UserError for an empty file or an unknown placeholder."""
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace").strip() if path else ""
+    # The images come before the text, so a placeholder or special token for one would be read as words.
+    unknown = set(re.findall(r"\{\w*\}|<image>|<\|\w+\|>|\ufffd", text)) - {"{units}", "{think}"}
+    if unknown or (path and not text):
+        problem = f"contains {min(unknown)}" if unknown else "is empty"
+        raise UserError(f"--cue-prompt {path} {problem}: give UTF-8 text with {{units}} and {{think}} alone.")
+    return text
 
 
 def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +165,7 @@ def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
 
     tiny, scenes, coco and hub ids are no paths.
     """
-    paths = ("data", "annotations", "images", "exclude", "expressions", "model")
+    paths = ("data", "annotations", "images", "exclude", "expressions", "model", "cue_prompt")
     given = {name: flags[name] for name in paths if flags.get(name) not in (None, "tiny", "scenes", "coco")}
     return flags | {name: type(v)(Path(v).absolute()) for name, v in given.items() if Path(v).exists()}
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_models import prompts
+from random_models import make_infinite, prompts
 
+from evaluation import attention
 from evaluation.attention import (
     add_grounding,
     analyse_questions,
@@ -16,6 +17,7 @@ from evaluation.attention import (
     before_answer,
     box_ious,
     grounding_summary,
+    measure_attention,
     prefixed_questions,
     touched_cells,
 )
@@ -54,6 +56,27 @@ def test_one_row_equals_full_eager_attention(policy):
         expected = full_maps(policy, item)[:, :cells]
         assert expected.std() > 1e-4, "an attention that is the same everywhere would prove nothing"
         assert torch.allclose(got.flatten(1), expected, atol=1e-6)
+
+
+def test_attention_of_halved_batches_is_that_of_whole_ones(policy, monkeypatch):
+    """Memory is enough for two prompts at a time, but never for the fourth, which is an error by itself."""
+    items = prompts(policy, 5)
+    boxes = [[(5.0, 5.0, 45.0, 35.0)]] * 5
+    whole = measure_attention(policy, {}, "looks", items, boxes, 5)
+    real, sizes = attention.attention_maps, []
+
+    def limited(policy, chunk):
+        if len(chunk) > 2 or any(item is items[3] for item in chunk):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(chunk))
+        return real(policy, chunk)
+
+    monkeypatch.setattr(attention, "attention_maps", limited)
+    halved = measure_attention(policy, {}, "looks", items, boxes, 5)
+    assert sizes == [2, 1, 1] and halved[3] is None
+    for i in (0, 1, 2, 4):
+        assert halved[i]["aib"] == pytest.approx(whole[i]["aib"], abs=1e-6)
+        assert halved[i]["mean_aib"] == pytest.approx(whole[i]["mean_aib"], abs=1e-6)
 
 
 def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
@@ -130,6 +153,13 @@ def test_grounding_against_answers_by_hand():
     add_grounding(after, [1.0] * 6, [1.0] * 6, base)
     assert [len(after.samples[name]) for name in ("IoU 0", "IoU < 0.5", "IoU ≥ 0.5")] == [2, 1, 2]
     assert base.samples["misread"] == [0, 0, 0, 0, 1, None] and base.samples["not found"][:3] == [0, 1, 1]
+
+
+def test_attention_that_is_not_finite_is_left_out(policy):
+    encoded_prompts = prompts(policy, 3)
+    make_infinite(policy, encoded_prompts[1])
+    stats = measure_attention(policy, {}, "looks", encoded_prompts, [[(0, 0, 30, 30)]] * 3, 3)
+    assert [sample is None for sample in stats] == [False, True, False]
 
 
 # ---------------------------------------------------------------- both, on the questions about a scene

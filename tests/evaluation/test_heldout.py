@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from random_models import noise, random_policy
+from random_models import make_infinite, noise, random_policy
 
 from data import Cue, CueConfig, folder_cues, scene_cues
 from evaluation import heldout, reply_cache
@@ -137,7 +137,7 @@ def test_samples_of_one_group_count_as_one():
     assert paired(before, after)["standard_error"] < grouped["standard_error"]
 
 
-def test_a_batch_that_does_not_fit_runs_one_prompt_at_a_time(policy, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved_down_to_one_prompt(policy, monkeypatch):
     held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 5)
     plain = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
     real, sizes = reply_cache.rollout, []
@@ -150,7 +150,7 @@ def test_a_batch_that_does_not_fit_runs_one_prompt_at_a_time(policy, monkeypatch
 
     monkeypatch.setattr(reply_cache, "rollout", small)
     got = list(reply_cache.generate_replies(policy, held.cue_prompts, 8, batch=3))
-    assert sizes == [3, 1, 1, 1, 2, 1, 1]
+    assert sizes == [3, 1, 2, 1, 1, 2, 1, 1]
     expected = [text for text, _ in plain]
     expected[3] = None
     assert [text for text, _ in got] == expected
@@ -158,6 +158,68 @@ def test_a_batch_that_does_not_fit_runs_one_prompt_at_a_time(policy, monkeypatch
     scores = heldout.evaluate(policy, held, 8, batch=3)
     assert scores.summary["cue"]["n"] == 4 and scores.summary["cue"]["errors"] == 1
     check_frame(policy, held, scores)
+
+
+def limit_memory(monkeypatch, most: int) -> list[int]:
+    """Rollouts of more than `most` prompts run out of memory from now on; returns the sizes of the others."""
+    real, sizes = reply_cache.rollout, []
+
+    def limited(policy, batch, *rest):
+        if len(batch.prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(batch.prompts))
+        return real(policy, batch, *rest)
+
+    monkeypatch.setattr(reply_cache, "rollout", limited)
+    return sizes
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 11), (2, [2, 2, 2, 2, 1, 2]), (4, [4, 4, 3])])
+def test_replies_of_halved_batches_are_those_of_whole_ones(policy, tmp_path, monkeypatch, most, sizes):
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 11)
+    prompts, limits = held.cue_prompts, (8, 8)
+    undisturbed = reply_cache.cached_generate(policy, {}, "before", prompts, limits)
+    assert len({text for text, _ in undisturbed}) > 1, "equal replies would prove nothing"
+    finished = limit_memory(monkeypatch, most)
+    cache = reply_cache.ReplyCache(tmp_path / "answers.jsonl", {})
+    assert reply_cache.cached_generate(policy, cache, "before", prompts, limits) == undisturbed
+    assert finished == sizes, "each prompt is replied to once"
+    again = reply_cache.ReplyCache(tmp_path / "answers.jsonl", {})
+    assert reply_cache.cached_generate(policy, again, "before", prompts, limits) == undisturbed
+    assert finished == sizes, "the file has every reply"
+
+
+def test_a_half_that_is_finished_is_in_the_file_before_the_other_half_runs(policy, tmp_path, monkeypatch):
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 4)
+    undisturbed = reply_cache.cached_generate(policy, {}, "before", held.cue_prompts, (8, 4))
+    limit_memory(monkeypatch, 2)
+    limited, path = reply_cache.rollout, tmp_path / "answers.jsonl"
+
+    def stopped(policy, batch, *rest):
+        if batch.prompts[0] is held.cue_prompts[2]:
+            raise KeyboardInterrupt
+        return limited(policy, batch, *rest)
+
+    monkeypatch.setattr(reply_cache, "rollout", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cache = reply_cache.ReplyCache(path, {})
+        reply_cache.cached_generate(policy, cache, "before", held.cue_prompts, (8, 4))
+    cached = reply_cache.ReplyCache(path, {})
+    assert {key: text for key, (text, *_) in cached.items()} == {
+        f"before/{i}": undisturbed[i][0] for i in range(2)
+    }
+
+
+def test_a_reply_that_is_not_finite_is_an_error_and_not_a_wrong_answer(policy, capsys):
+    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0), 3)
+    plain = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
+    make_infinite(policy, held.cue_prompts[1])
+    replies = list(reply_cache.generate_replies(policy, held.cue_prompts, 8))
+    assert [text for text, _ in replies] == [plain[0][0], None, plain[2][0]]
+    capsys.readouterr()
+    summary = heldout.evaluate(policy, held, 8).summary["cue"]
+    assert summary["n"] == 2 and summary["errors"] == 1
+    assert "cue search: 1 of 3 prompts have no reply" in capsys.readouterr().err
 
 
 def test_photos_are_opened_at_each_access(policy, tmp_path):

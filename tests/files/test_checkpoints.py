@@ -9,6 +9,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import families
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 import locus_mini
 from files import checkpoints
 from files.errors import UserError
-from models import add_lora, load_adapter, load_policy, read_family
+from models import add_lora, device_and_dtype, load_adapter, load_policy, read_family
 from policy import Policy, collate, token_logps
 from training.checks import self_check
 
@@ -370,7 +371,10 @@ def test_without_the_hub_an_id_is_refused_at_once():
 class Hub(BaseHTTPRequestHandler):
     """A hub on which every model is gated or, where its name says so, unknown."""
 
+    requests: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
+        self.requests.append(self.path)
         self.send_response(404 if "Unknown" in self.path else 403)
         self.send_header("X-Error-Code", "RepoNotFound" if "Unknown" in self.path else "GatedRepo")
         self.send_header("Content-Length", "0")
@@ -382,22 +386,64 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
-@pytest.mark.parametrize("name", ["Qwen/Unknown-VL", "Qwen/Gated-VL"])
-@pytest.mark.parametrize("reachable", [True, False])
-def test_gated_and_unknown_ids_are_one_sentence(name, reachable, tmp_path):
+def refusal_of_a_program(folder: Path, *arguments: str, reachable: bool = True) -> str:
+    """The one sentence with which a program on a machine without CUDA refuses a model of our hub."""
     server = HTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     if not reachable:
         server.server_close()
+    Hub.requests.clear()
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, ROOT / "locus_mini.py", "--model", name, "--out", tmp_path / "run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / arguments[0], *arguments[1:], "--out", "run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
     server.shutdown()
-    assert done.returncode == 2 and done.stderr.startswith(f"--model {name} cannot be loaded: ")
-    assert done.stderr.count("\n") == 1, "the sentence alone"
-    assert ("hf auth login" if reachable else "connect once") in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert not (folder / "run").exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize("name", ["Qwen/Unknown-VL", "Qwen/Gated-VL"])
+@pytest.mark.parametrize("reachable", [True, False])
+def test_gated_and_unknown_ids_are_one_sentence(name, reachable, tmp_path):
+    sentence = refusal_of_a_program(tmp_path, "locus_mini.py", "--model", name, "--cpu", reachable=reachable)
+    assert sentence.startswith(f"--model {name} cannot be loaded: ")
+    assert ("hf auth login" if reachable else "connect once") in sentence
+    assert bool(Hub.requests) == reachable
+
+
+@pytest.mark.parametrize("program", ["locus_mini.py", "eval.py scenes"])
+def test_a_hub_model_without_cuda_is_refused_before_anything_is_downloaded(program, tmp_path):
+    sentence = refusal_of_a_program(tmp_path, *program.split(), "--model", "Qwen/Gated-VL")
+    assert sentence.startswith("--model Qwen/Gated-VL cannot be loaded: PyTorch finds no GPU with CUDA")
+    assert "--cpu" in sentence and Hub.requests == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_large_folder_needs_the_flag_and_a_small_one_does_not(sound, tmp_path, capsys):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    checkpoints.check_device("tiny", cpu, torch.float32, False)
+    checkpoints.check_device(str(sound), cpu, torch.float32, False)
+    assert capsys.readouterr().out == "device: CPU, dtype: torch.float32\n" * 2
+    for number in (1, 2):  # neither file is too large by itself; both are holes that take no disk
+        with (tmp_path / f"model-{number}.safetensors").open("wb") as file:
+            file.truncate(checkpoints.LARGE // 2 + 1)
+    with pytest.raises(UserError, match="--cpu"):
+        checkpoints.check_device(str(tmp_path), cpu, torch.float32, False)
+    checkpoints.check_device(str(tmp_path), cpu, torch.float32, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
+        checkpoints.check_device(str(tmp_path), gpu, torch.float16, False)
+    assert capsys.readouterr().out.endswith("device: NVIDIA T4, dtype: torch.float16\n")
+
+
+def test_the_flag_leaves_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert device_and_dtype() == (torch.device("cuda"), torch.bfloat16)
+    assert device_and_dtype(cpu=True) == (torch.device("cpu"), torch.float32)
+    policy = load_policy("tiny", cpu=True)
+    assert {weight.device.type for weight in policy.model.parameters()} == {"cpu"}
+    assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}, "not in 4 bit"
 
 
 # ---------------------------------------------------------------- families

@@ -25,6 +25,7 @@ from scale import export
 from scale.export import EASYR1_PIXELS, QWEN, Target, easyr1_size, export_cues, find_target
 from scale.rewards import box_reward, compute_score
 from tiny import architecture
+from training.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]
 GOOD = "<think> left</think><answer>[10, 20, 50, 80]</answer>"
@@ -411,6 +412,7 @@ def test_the_yaml_for_easyr1_has_the_papers_values():
     assert sampled["val_override_config"] == {"temperature": 0.6, "top_p": 0.95, "n": 1}
     path, _, name = found["worker"]["reward"]["reward_function"].rpartition(":")
     assert path.endswith("scale/rewards.py") and name == "compute_score"
+    assert found["trainer"]["max_steps"] == PRESETS["paper"]["steps"] == 400, "of rollouts, in both"
     assert (found["trainer"]["nnodes"], found["trainer"]["n_gpus_per_node"]) == (2, 8)
 
 

@@ -174,7 +174,9 @@ def our_step(recorded: tuple, old: torch.Tensor | None, **settings) -> tuple[flo
     policy, _, items, rollouts, _, advantages = recorded
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     batch = (collate(policy, items), rollouts, advantages, old)
-    metrics = optimizer_step(policy, optimizer, [batch], Config(prompts=4, max_new_tokens=40, **settings))
+    # TRL corrects for its sampler only where that is vLLM.
+    cfg = Config(prompts=4, max_new_tokens=40, importance_sampling_cap=0.0, **settings)
+    metrics = optimizer_step(policy, optimizer, [batch], cfg)
     return metrics["loss"], gradient(policy.model), metrics["grad_norm"]
 
 

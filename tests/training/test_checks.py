@@ -1,14 +1,19 @@
 """Bugs that raise no error by themselves, each made on purpose: the self-check must refuse them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from random_models import prompts, random_policy
+from random_models import make_infinite, prompts, random_policy
 from torch import nn
 
 import policy as policy_module
+from data import CueConfig, encode_cue, scene_cues
 from files.errors import UserError
-from models import add_lora
-from policy import Policy, collate, rollout, token_logps
+from models import add_lora, load_policy
+from policy import Batch, Policy, collate, rollout, token_logps
+from prompts import EncodedPrompt
+from training import checks
 from training.checks import self_check
 
 
@@ -148,6 +153,25 @@ def test_a_trained_adapter_is_not_the_reference():
         check(policy)
 
 
+def test_damaged_weights():
+    policy = untrained_policy()
+    policy.base_model.model.language_model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite in torch.float32: its weights are damaged"):
+        check(policy)
+
+
+def test_an_image_that_is_not_finite_leaves_the_others_to_be_checked(monkeypatch):
+    policy = untrained_policy()
+    torch.manual_seed(0)
+    encoded_prompts = prompts(policy, 3)
+    make_infinite(policy, encoded_prompts[1])
+    assert self_check(policy, encoded_prompts, 4, 12, seed=0)["rollout_gap"] < 1e-4
+    original = policy_module.target_logps
+    monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
+    with pytest.raises(UserError, match="disagree"):
+        self_check(policy, encoded_prompts, 4, 12, seed=0)
+
+
 def test_a_group_of_equal_completions():
     policy = untrained_policy()
     policy.logit_bias[:] = -torch.inf
@@ -165,3 +189,75 @@ def test_stale_rope_deltas_change_nothing():
     rollouts = rollout(policy, batch, 2, 8)
     policy.base_model.model.rope_deltas = torch.tensor([[1000], [-7]])
     assert torch.equal(rollout(policy, collate(policy, batch_prompts), 2, 8).tokens, rollouts.tokens)
+
+
+# ---------------------------------------------------------------- trained weights in 16 and in 4 bits
+
+# Their tokens have p ≈ 1 for the most part, so a fault moves few of them: random weights would hide this.
+
+
+@pytest.fixture(scope="module", params=["bf16", "NF4"])
+def trained(request) -> tuple[Policy, list[EncodedPrompt]]:
+    """The embedded model in 16 or in 4 bits with a fresh adapter, and four of its cues."""
+    policy = add_lora(load_policy("tiny", load_in_4bit=request.param == "NF4", dtype=torch.bfloat16), 16)
+    assert ("Linear4bit" in {type(m).__name__ for m in policy.model.modules()}) == (request.param == "NF4")
+    cues = scene_cues(CueConfig(), "train", 0)
+    return policy, [encode_cue(policy.processor, cues[i], "object") for i in range(4)]
+
+
+def check_trained(policy: Policy, encoded_prompts: list[EncodedPrompt]) -> dict:
+    return self_check(policy, encoded_prompts, 8, 40, seed=0)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_sound_trained_weights_pass(scale, trained, monkeypatch):
+    """Also with an lm_head that is three times as large in sampling and in scoring: a sharper model."""
+    lm_head = trained[0].base_model.lm_head
+    original = lm_head.forward
+    monkeypatch.setattr(lm_head, "forward", lambda hidden: original(scale * hidden))
+    measured = check_trained(*trained)
+    assert 0 < measured["rollout_gap"] < 0.01 and measured["packing_gap"] < 0.01
+    assert measured["reference_gap"] == 0
+
+
+def test_trained_weights_and_positions_off_by_one(trained, monkeypatch):
+    def shifted_logps(policy: Policy, batch: Batch, *completions: torch.Tensor) -> torch.Tensor:
+        return token_logps(policy, replace(batch, completion_start=batch.completion_start + 1), *completions)
+
+    monkeypatch.setattr(checks, "token_logps", shifted_logps)
+    with pytest.raises(UserError, match="disagree"):
+        check_trained(*trained)
+
+
+def test_trained_weights_and_completions_that_see_each_other(trained, monkeypatch):
+    original = policy_module.group_mask
+
+    def leaky_mask(segment_ids: torch.Tensor, queries: int) -> torch.Tensor:
+        return original(segment_ids if queries < segment_ids.shape[1] else segment_ids.clamp(max=0), queries)
+
+    monkeypatch.setattr(policy_module, "group_mask", leaky_mask)
+    with pytest.raises(UserError, match="disagree"):
+        check_trained(*trained)
+
+
+def test_trained_weights_and_another_lm_head_in_scoring(trained, monkeypatch):
+    original = policy_module.target_logps
+    monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
+    with pytest.raises(UserError, match="disagree"):
+        check_trained(*trained)
+
+
+@pytest.mark.parametrize("fault", ["mean", "90 % quantile"])
+def test_each_statistic_refuses_by_itself(fault, trained, monkeypatch):
+    """Few tokens that are far off move the mean alone; many that are slightly off move the quantile alone."""
+    policy, encoded_prompts = trained
+    size, every = (2.0, 20) if fault == "mean" else (0.2, 8)
+
+    def wrong_logps(*inputs: torch.Tensor) -> torch.Tensor:
+        logps = token_logps(*inputs)
+        far_off = torch.arange(logps.numel()).view(logps.shape) % every == 0
+        return logps + size * far_off
+
+    monkeypatch.setattr(checks, "token_logps", wrong_logps)
+    with pytest.raises(UserError, match=f"disagree.*{fault}"):
+        check_trained(policy, encoded_prompts)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 import locus_mini
 from evaluation import heldout, reply_cache
 from files.errors import UserError
+from policy import Rollout, rollout
 from training import checks, run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +81,9 @@ def run(interrupted, tmp_path) -> Path:
 
 
 def metrics(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) | {"seconds": 0} for line in lines]
+    """The lines of metrics.jsonl without the seconds, which differ in every run."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in line if not key.startswith("seconds")} for line in lines]
 
 
 def assert_same_end(folder: Path, uninterrupted: Path) -> None:
@@ -374,13 +377,31 @@ def test_steps_that_are_not_finite_change_nothing_and_five_end_the_run(broken, r
     assert stderr.count("was not finite") == 5
 
 
+def test_a_model_that_is_damaged_while_it_trains_ends_the_run(run, monkeypatch, capsys):
+    """In the steps from the tenth on, no group is finite."""
+
+    def not_finite(*arguments) -> Rollout:
+        rollouts = rollout(*arguments)
+        return replace(rollouts, mask=rollouts.mask & False, finite=rollouts.finite & False)
+
+    monkeypatch.setattr(locus_mini, "rollout", not_finite)
+    code, stderr = in_process(monkeypatch, capsys, "--resume", run)
+    assert code == 2 and "not finite in torch.float32: its weights are damaged" in stderr
+    assert [row["frac_groups_not_finite"] for row in metrics(run)] == [0] * 10 + [1] * 5
+    assert [row["skipped"] for row in metrics(run)] == [0] * 10 + [1] * 5
+    states = [path / "adapter_model.safetensors" for path in run_folder.checkpoints(run)]
+    assert states[-1].read_bytes() == states[-2].read_bytes()
+
+
 FINE = {"skipped": 0.0, "completions/clipped_ratio": 0.0, "kl": 0.1, "frac_reward_zero_std": 0.2}
+FINE |= {"frac_groups_not_finite": 0.0}
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"skipped": 1.0}, "not finite"),
+        ({"frac_groups_not_finite": 0.25}, "25% of the groups were not finite"),
         ({"completions/clipped_ratio": 0.5}, "--max-new-tokens"),
         ({"kl": 1.2}, "--kl-limit 1"),
     ],
