@@ -120,3 +120,15 @@ def table(before: Scores, after: Scores | None = None, rows: dict[str, str] = RO
             points = {key: 100 * value for key, value in changes.get(name, {}).items()}
             lines.append(f"{title:38}{len(samples):6}{numbers}{change.format(**points)}")
     return "\n".join(lines)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table as markdown has it.
+
+    >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    top, *lines = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([top, "|---" * len(header) + "|", *lines])

@@ -1,5 +1,6 @@
 """JSON files that no crash leaves half-written, and fingerprints that show whether files have changed."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -33,6 +34,11 @@ def write_json(path: Path, content: object) -> None:
 def fingerprint(parts: Iterable[bytes]) -> str:
     """The CRC-32 of all parts joined, as eight hexadecimal digits."""
     return f"{zlib.crc32(b''.join(parts)):08x}"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def visible_files(folder: Path) -> Iterator[Path]:

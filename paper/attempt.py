@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.scores import mean
-from files.disk import fingerprint
+from files.disk import fingerprint, sha256
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from paper import verdicts
 from paper.reproduce import RUNS, Row, run_row
@@ -22,7 +22,7 @@ from training.settings import read_flags
 def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[str, Any]:
     """The line of one attempt. Its figures are in points: before, and the change with its standard error."""
     protocol = verdicts.read_json(verdicts.HERE / "protocol.json")
-    development, weights = protocol["development"], verdicts.sha256(Path(model) / "model.safetensors")
+    development, weights = protocol["development"], sha256(Path(model) / "model.safetensors")
     seeds = [flags.pop("seed")] if "seed" in flags else development["seeds"]
     if taken := {*seeds} & {*protocol["seeds"]}:
         raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from evaluation.scores import mean
+from evaluation.scores import markdown_table, mean
 from files.disk import write_json
 from files.errors import exit_on_error
 from paper.verdicts import BASE, HERE, change_cell, claim_row, collect, folder_flag, read_json
@@ -31,12 +31,6 @@ def figure(values: list[float], places: int) -> str:
     return f"{mean(values):.{places}f}{error}" if values else "–"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    top, *lines = (f"| {' | '.join(row)} |" for row in (header, *rows))
-    return "\n".join([top, "|---" * len(header) + "|", *lines])
-
-
 def twin_text(twins: dict[str, dict]) -> tuple[str, str]:
     """What the first paragraph says of every base, and the table of every base, row and seed."""
     sentences, lines = [], []
@@ -48,7 +42,7 @@ def twin_text(twins: dict[str, dict]) -> tuple[str, str]:
             for forced, swap in zip(tests["forced"][1:], tests["swap"][1:], strict=True):
                 lines.append([base, name, f"{forced['n']:,}", change_cell(forced, ""), change_cell(swap, "")])
     header = ["base", "row, a line for each seed", "pairs", "forced choice (95 %)", "both crops found (95 %)"]
-    return "; ".join(sentences), table(header, lines)
+    return "; ".join(sentences), markdown_table(header, lines)
 
 
 def row_table(base: str, rows: dict[str, dict], notes: dict[str, dict]) -> str:
@@ -57,7 +51,7 @@ def row_table(base: str, rows: dict[str, dict], notes: dict[str, dict]) -> str:
     for name, row in rows.items():
         cells = [figure(row[key], 3 if key == "kl_all" else 1) for key in COLUMNS.values()]
         lines.append([name, notes[name]["note"], *cells])
-    return f"### Base {base}\n\n{table(['row', 'what its steps get', *COLUMNS], lines)}"
+    return f"### Base {base}\n\n{markdown_table(['row', 'what its steps get', *COLUMNS], lines)}"
 
 
 def attempt_table(attempts: list[dict[str, Any]]) -> str:
@@ -69,14 +63,14 @@ def attempt_table(attempts: list[dict[str, Any]]) -> str:
         cells = [f"{entry['change']:+.1f} ± {entry['error']:.1f}" for entry in changes]
         start = [line["note"], line["base"][:8], f"{line['variant']}: {settings}"]
         lines.append([*start, *cells, f"{line['kl']:.3f}", str(line["seconds"])])
-    return table(["attempt", "base", "settings", *names, "KL", "seconds"], lines)
+    return markdown_table(["attempt", "base", "settings", *names, "KL", "seconds"], lines)
 
 
 def markdown(results: dict[str, Any], full_steps: int) -> str:
     """RESULTS.md, from nothing but the content of RESULTS.json. full_steps: below them it means nothing."""
     rows, protocol, claims = results["rows"], results["protocol"], results["claims"]
     changes = [f"change on base {base} (95 %)" for base in rows]
-    header = table(["claim", *changes, "p (Holm)", "KL of both rows", "verdict", "paper"], [])
+    header = markdown_table(["claim", *changes, "p (Holm)", "KL of both rows", "verdict", "paper"], [])
     steps = f"{protocol['steps']} steps a row, not {full_steps}"
     notice = f"**This run is too short to mean anything ({steps}): its figures and verdicts are noise.**\n\n"
     fields = results | dict(zip(("twin_sentences", "twin_table"), twin_text(results["twins"])))

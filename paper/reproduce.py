@@ -28,7 +28,7 @@ from data import CueConfig, open_cues, scene_cues
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
-from files.disk import write_json
+from files.disk import sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from locus_mini import train
 from models import add_lora, load_policy
@@ -138,13 +138,13 @@ def run_row(row: Row) -> dict[str, Any]:
 
 def rows_of(protocol: dict[str, Any], models: dict[str, str], out: Path) -> list[Row]:
     """Every row of the protocol in the folder `out`; models: the folder of each base."""
-    rows, sha256 = [], verdicts.sha256(out / "protocol.json")
+    rows, protocol_sha256 = [], sha256(out / "protocol.json")
     for base, name, seed in verdicts.plan(protocol):
         entry, path = protocol["rows"][name], verdicts.sample_file(out, base, name, seed)
         flags = {"seed": seed, "steps": protocol["steps"]} | entry["flags"]
         measured = protocol["measured"] | ({} if entry.get("twins") else {"twins": 0})
-        folder = RUNS / f"rows-{sha256[:8]}" / path.name.partition(".")[0]
-        rows.append(Row(models[base], entry["variant"], flags, measured, folder, path, sha256))
+        folder = RUNS / f"rows-{protocol_sha256[:8]}" / path.name.partition(".")[0]
+        rows.append(Row(models[base], entry["variant"], flags, measured, folder, path, protocol_sha256))
     return rows
 
 
@@ -173,7 +173,7 @@ def run_rows(rows: list[Row], jobs: int) -> None:
 def open_protocol(models: dict[str, str], quick: bool) -> tuple[dict[str, Any], Path]:
     """The protocol and the folder that holds it; UserError where a base is not the one that it names."""
     protocol, out = verdicts.read_json(verdicts.HERE / "protocol.json"), verdicts.HERE
-    hashes = {base: verdicts.sha256(Path(model) / "model.safetensors") for base, model in models.items()}
+    hashes = {base: sha256(Path(model) / "model.safetensors") for base, model in models.items()}
     if quick:
         out = RUNS / "quick"
         out.mkdir(parents=True, exist_ok=True)

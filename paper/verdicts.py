@@ -10,7 +10,6 @@ What differs from a typical comparison of runs:
 """
 
 import gzip
-import hashlib
 import json
 import math
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.scores import mean
+from files.disk import sha256
 from files.errors import FlagParser, UserError, exit_on_error
 
 HERE = Path(__file__).parent
@@ -31,10 +31,6 @@ Rows = dict[str, dict[str, list[dict]]]  # base: row: the content of the files o
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def plan(protocol: dict[str, Any]) -> list[tuple[str, str, int]]:

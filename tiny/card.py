@@ -1,72 +1,103 @@
-"""The model card of the embedded model: its visual context rot, measured on held-out scenes.
+"""The model card of an embedded model: how it was built, and its visual context rot on held-out scenes.
 
-python -m tiny.card [--model FOLDER] [--n 1000]     writes card.json and the table in README.md
+    python -m tiny.card [--model FOLDER] [--n 900]     writes card.json and the tables in README.md
+
+The same questions are asked about few objects and about many, about tiny and large ones, and once more with
+everything but the object black (context suppression). A salient object is one that is not tiny: in its build,
+the text model was asked about no other.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from data import CueConfig, scene_cues
 from evaluation.heldout import baselines, build_heldout_set, evaluate
-from files.disk import write_json
+from evaluation.scores import markdown_table, mean
+from files.disk import sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from models import load_policy
 from policy import Policy
+from tiny.scenes import KINDS, SIDES
 
-# Row of the card: fewest and most objects of a scene, and whether the evidence must be alone in its cells.
-CARD_SCENES = {"1 thing": ((1, 1), False), "2–3 things": ((2, 3), False), "4–8 things": ((4, 8), False)}
-CARD_SCENES |= {"12–16 things": ((12, 16), False), "16 things": ((16, 16), False)}
-CARD_SCENES |= {"16 things, evidence alone in its image tokens": ((16, 16), True)}
-HEADER = "| scenes | attributes | suppressed | places | suppressed | find by text, IoU | cue search, IoU |"
+FEW, CROWDS = "1–4 objects", "8–12 objects"
+CARD_SCENES = {FEW: (1, 4), "5–7 objects": (5, 7), CROWDS: (8, 12)}  # fewest and most objects of a scene
+HEADER = ["scenes", *(title for kind in KINDS for title in (kind, "rest black")), "find, IoU", "cue, IoU"]
 MEASURED = re.compile("(?<=<!-- measured -->).*(?=<!-- /measured -->)", re.DOTALL)  # the part to replace
 
 
-def measure(policy: Policy, objects: tuple[int, int], alone: bool, n: int) -> dict[str, Any]:
-    """The scores of a row, on n samples of each task; keys as in results.json."""
+def measure(policy: Policy, objects: tuple[int, int], n: int) -> dict[str, Any]:
+    """The scores on scenes of so many objects: n cues, and n / 3 questions of each kind and size.
+
+    Keys as in results.json.
+    """
     cues, longest = scene_cues(CueConfig(), "heldout", 1, objects), policy.processor.family.max_new_tokens
-    held = build_heldout_set(policy, cues, n, alone=alone)
+    held = build_heldout_set(policy, cues, n)
     named = baselines(policy, held, longest)["crop_named_right"]
     return evaluate(policy, held, longest).summary | {"crop_named_right": named}
 
 
-def card_row(name: str, scores: dict[str, Any]) -> str:
-    """A row of the table, in points of 100."""
-    full, suppressed = scores["questions"]["by_kind"], scores["suppressed"]["by_kind"]
-    values = [full["attribute"], suppressed["attribute"], full["place"], suppressed["place"]]
-    # Evidence that is alone in its cells limits the questions only; boxes are of any object.
-    ious = [] if CARD_SCENES[name][1] else [scores["find"]["mean_iou"], scores["cue"]["mean_iou"]]
-    cells = [f"{100 * value:.1f}" for value in values + ious] + ["–", "–"] * (not ious)
-    return f"| {name} | {' | '.join(cells)} |"
+def card_rows(name: str, scores: dict[str, Any]) -> list[list[str]]:
+    """The rows of an entry of CARD_SCENES, in points of 100: all its objects, then those of each size."""
+    rows, tasks = [], [scores[task]["by_kind"] for task in ("questions", "suppressed")]
+    for title, ending in ((name, ""), *((f"  {size}", f"_{size}") for size in SIDES)):
+        shares = [task[kind + ending]["accuracy"] for kind in KINDS for task in tasks]
+        # To find an object, by its name or by its crop, is measured for all sizes together.
+        shares += [] if ending else [scores["find"]["mean_iou"], scores["cue"]["mean_iou"]]
+        rows.append([title, *points(shares), *["–", "–"] * bool(ending)])
+    return rows
 
 
-def card_table(card: dict[str, dict]) -> str:
-    """The table of README.md and the line below it, from nothing but the content of card.json."""
-    rows = "\n".join(card_row(name, scores) for name, scores in card.items())
-    n, named = card["4–8 things"]["cue"]["n"], 100 * card["4–8 things"]["crop_named_right"]
-    note = f"Crops named right (4–8 things): {named:.1f} %. Every cell: n = {n:,}; held-out scenes."
-    return f"\n{HEADER}\n{'|---' * 7}|\n{rows}\n\n{note}\n"
+def points(shares: list[float]) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """What README.md has between its marks, from nothing but the content of card.json."""
+    build, scores = card["build"], card["scores"]
+    lines = [f"- {name}: {json.dumps(value)}" for name, value in build.items() if name != "accuracy"]
+    lines += [f"- accuracy after {name}: {json.dumps(v)}" for name, v in build.get("accuracy", {}).items()]
+    tables = [markdown_table(HEADER, [row for name in scores for row in card_rows(name, scores[name])])]
+    # By the number of image tokens that the object touches.
+    crowds = [scores[CROWDS][task]["by_tokens"] for task in ("questions", "suppressed")]
+    rows = [[title, *points(part.values())] for title, part in zip(("questions", "rest black"), crowds)]
+    tables.append(markdown_table(["image tokens touched", *crowds[0]], rows))
+    few = scores[FEW]["questions"]["by_kind"]
+    shares = [mean(few[f"{kind}_{size}"]["accuracy"] for size in ("small", "large")) for kind in KINDS]
+    salient = ", ".join(f"{kind} {value}" for kind, value in zip(KINDS, points(shares)))
+    named = points([scores[FEW]["crop_named_right"]])[0]
+    notes = f"Salient objects in scenes of 1 to 4: {salient}. Their crops named right: {named}."
+    notes += f" {scores[FEW]['cue']['n']:,} cues a row, and a third as many questions of each kind and size."
+    return "\n\n".join(["", "\n".join(lines), *tables, notes, ""])
 
 
 def write_card(model: str, n: int) -> None:
-    """Measures a model in the embedded world, and writes card.json and the table into its folder."""
+    """Measures a model in the embedded world, and writes card.json and the tables into its folder.
+
+    UserError if its weights are not those that its config.json tells about.
+    """
     readme = Path(model_folder(model)) / "README.md"
     if not (readme.is_file() and MEASURED.search(text := readme.read_text(encoding="utf-8"))):
-        raise UserError(f"{readme} has no place for the table: add <!-- measured --><!-- /measured -->.")
+        raise UserError(f"{readme} has no place for the tables: add <!-- measured --><!-- /measured -->.")
     if n < 1:
         raise UserError(f"--n {n} leaves nothing to measure: give 1 or more.")
-    policy, card = load_policy(model), {}
-    for name, scenes in CARD_SCENES.items():
-        card[name] = measure(policy, *scenes, n)
-        print(card_row(name, card[name]))
+    policy, weights = load_policy(model), readme.with_name("model.safetensors")
+    build = getattr(policy.base_model.config, "locus_build", {})
+    if sha256(weights) != build.get("sha256"):
+        raise UserError(f"{weights} is not what config.json tells about: run python -m tiny.build again.")
+    card = {"build": build, "scores": {}}
+    for name, objects in CARD_SCENES.items():
+        card["scores"][name] = measure(policy, objects, n)
+        print(*(" | ".join(row) for row in card_rows(name, card["scores"][name])), sep="\n")
     write_json(readme.with_name("card.json"), card)
-    readme.write_text(MEASURED.sub(lambda _: card_table(card), text), encoding="utf-8")
+    readme.write_text(MEASURED.sub(lambda _: card_text(card), text), encoding="utf-8")
 
 
 def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help="folder of the embedded model (default tiny/model)")
-    parser.add_argument("--n", type=int, default=1000, help="samples of each task a row (default 1000)")
+    parser.add_argument("--n", type=int, default=900, help="cues a row (default 900)")
     args = parser.parse_args()
     with exit_on_error():
         write_card(args.model, args.n)

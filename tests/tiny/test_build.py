@@ -1,19 +1,28 @@
 """The build of the embedded model: its tokenizer, its fast paths against slow ones, and how it resumes."""
 
+import os
 import random
+import signal
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from files.disk import sha256
+from files.errors import UserError
 from models import make_policy
 from policy import collate
 from prompts import FAMILIES, Processor, encode
 from tiny import architecture, scenes
 from tiny import build as tiny_build
+from tiny.scenes import Scene, SceneObject
+
+ROOT = Path(__file__).parents[2]
+STEPS = 2  # in each stage of the builds of these tests
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +31,24 @@ def tokenizer():
 
 
 @pytest.fixture
-def build(tmp_path):
-    """An untrained build on the CPU with three examples, and `images`: each one's image and crops."""
-    build = tiny_build.Build(tmp_path / "model", 1.0, 0)
-    build.model.cpu()
-    build.heads.cpu()
-    rng = random.Random("examples")
-    build.examples, build.images = [], []
+def build(tmp_path, monkeypatch):
+    """An untrained build with three examples; `images` has each one's image and crops."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # those of other tests stay
+    build = tiny_build.Build(tmp_path / "model", 0, STEPS)
+    rng, examples, build.images = random.Random("examples"), [], []
     for _ in range(3):
         scene, image = tiny_build.random_scene(rng, 3, suppressed=0.0)
-        shown = [(scene, scene_object) for scene_object in rng.choices(scene.objects, k=2)]
-        crops = [tiny_build.random_crop(rng, *pair) for pair in shown]
+        shown, crops = zip(*[tiny_build.random_crop(rng, scene) for _ in range(2)])
         with torch.no_grad():
-            tokens = tiny_build.compute_image_tokens(build.model.model.visual, [image])[0]
+            (tokens,) = tiny_build.compute_image_tokens(build.model.model.visual, [image])
             crop_tokens = tiny_build.compute_image_tokens(build.model.model.visual, crops)
-        build.examples.append((scene, tokens, list(zip(shown, crop_tokens))))
+        examples.append((scene, tokens, tuple(zip(shown, crop_tokens))))
         build.images.append((image, crops))
+    build.examples = {True: examples, False: examples}
     return build
+
+
+# ---------------------------------------------------------------- the tokenizer
 
 
 def test_any_text_survives_and_none_becomes_a_special_token(tokenizer):
@@ -47,14 +57,8 @@ def test_any_text_survives_and_none_becomes_a_special_token(tokenizer):
     anywhere = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     texts = ["".join(rng.choices(plain, k=10) + rng.choices(anywhere, k=10)) for _ in range(50)]
     texts += ["".join(rng.choices([*plain, *anywhere[:3000]], k=20)) for _ in range(50)]
-    texts += [
-        "",
-        " ",
-        "[12, 345, 67, 890]",
-        "[-1.5,2 ,  3]",
-        "<think> red star</think><answer> star</answer>",
-    ]
-    texts += ["<|im_stop|>", "endoftext", "<pad>", "Find Image 2 in Image 1."]
+    texts += ["", " ", "[12, 345, 67, 890]", "[-1.5,2 ,  3]", "Find Image 2 in Image 1."]
+    texts += ["<think> red star</think><answer> star</answer>", "<|im_stop|>", "endoftext", "<pad>"]
     for text in texts:
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -67,7 +71,10 @@ def test_tags_words_and_digits_are_single_tokens(tokenizer):
         assert len(tokenizer(piece).input_ids) == 1, piece
     assert len(tokenizer("0123456789").input_ids) == 10
     assert len(tokenizer("[12, 345]").input_ids) == len(["[", "1", "2", ", ", "3", "4", "5", "]"])
-    assert len(set(tokenizer(words).input_ids[i][0] for i in range(len(words)))) == len(words)
+    assert len({ids[0] for ids in tokenizer(words).input_ids}) == len(words)
+
+
+# ---------------------------------------------------------------- what the stages are shown
 
 
 def test_image_tokens_are_those_of_image_processor_and_vision_tower(build):
@@ -80,28 +87,28 @@ def test_image_tokens_are_those_of_image_processor_and_vision_tower(build):
         assert (expected - tokens).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("settings", [dict(step=0, words_first=1), dict(step=0, crop_share=1 / 3)])
+@pytest.mark.parametrize("name", ["words", "boxes"])
 @torch.no_grad()
-def test_a_turn_in_a_row_is_the_same_turn_alone(build, settings, monkeypatch):
+def test_a_turn_in_a_row_is_the_same_turn_alone(build, name, monkeypatch):
     """Positions and loss of the packed turns, against prompts.encode and the whole model, turn by turn."""
     turns, inputs, draw_turn = [], {}, tiny_build.draw_turn
+    examples = build.examples[True]
 
     def recorded_draw_turn(rng, example, *rest):
-        turns.append((build.examples.index(example), *draw_turn(rng, example, *rest)))
+        turns.append((examples.index(example), *draw_turn(rng, example, *rest)))
         return turns[-1][1:]
 
     monkeypatch.setattr(tiny_build, "draw_turn", recorded_draw_turn)
     with build.model.register_forward_pre_hook(lambda *call: inputs.update(call[2]), with_kwargs=True):
-        loss, _ = build.turns_loss(random.Random("turns"), **settings)
+        loss, _ = build.turns_loss(random.Random("turns"), tiny_build.STAGES[name])
     assert {len(images) for *_, images in turns} == {1, 2}
-    assert len(turns) == tiny_build.TURNS * (16 if "words_first" in settings else 8)
-    image_processor = architecture.build_image_processor()
-    processor = Processor(build.tokenizer, image_processor, FAMILIES["tiny"], "<|image_pad|>")
+    assert len(turns) == 8 * tiny_build.TURNS
+    processor = Processor(build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "")
     policy = make_policy(build.model, processor, torch.device("cpu"))
     total, count = 0.0, 0
     for i, (index, text, images) in enumerate(turns):
         image, crops = build.images[index]
-        crop_ids = [id(tokens) for _, tokens in build.examples[index][2]]
+        crop_ids = [id(tokens) for _, tokens in examples[index][2]]
         crop = crops[crop_ids.index(id(images[1]))] if len(images) == 2 else None
         question, answer = text.split("<|im_end|>\n<|im_start|>assistant\n")
         prompt = encode(processor, question.rpartition("<|vision_end|>")[2], image, crop=crop)
@@ -111,10 +118,8 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, settings, monkeypatch):
         vision = {"pixel_values": torch.cat([part.pixel_values for part in prompt.images])}
         vision |= {"image_grid_thw": torch.stack([part.grid_thw for part in prompt.images])}
         types = F.pad(prompt.mm_token_type_ids, (0, T))
-        logits = build.model(input_ids=ids[None], mm_token_type_ids=types[None], **vision).logits[
-            0, P - 1 : -1
-        ]
-        total += F.cross_entropy(logits, ids[P:], reduction="sum").item()
+        logits = build.model(input_ids=ids[None], mm_token_type_ids=types[None], **vision).logits
+        total += F.cross_entropy(logits[0, P - 1 : -1], ids[P:], reduction="sum").item()
         count += T
         batch = collate(policy, [prompt])
         answer_positions = (batch.completion_start + torch.arange(T)).expand(3, -1)
@@ -129,92 +134,155 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, settings, monkeypatch):
     assert abs(loss.item() - total / count) < 1e-4
 
 
-def test_of_two_centres_in_a_cell_the_nearer_counts(build, monkeypatch):
-    """The box of the object that loses its cell changes only the image, which is held fixed here."""
-    near = scenes.SceneObject("red", "star", (8, 8, 24, 24))
-    far = scenes.SceneObject("blue", "ring", (24, 24, 38, 38))
-    image = scenes.render(scenes.Scene([near, far], (40, 40, 40)))
-    monkeypatch.setattr(tiny_build, "random_crop", lambda *_: image.crop((0, 0, 64, 64)))
-    losses = []
-    for objects in ([near, far], [far, near], [near]):
-        scene = scenes.Scene(objects, (40, 40, 40))
-        monkeypatch.setattr(tiny_build, "random_scene", lambda *_, scene=scene, **__: (scene, image))
-        rng = SimpleNamespace(choice=lambda _: near, random=lambda: 0.5, randint=lambda *_: 3)
-        losses.append(build.vision_loss(rng)[0].item())
-    assert losses[0] == losses[1] == losses[2]
+def test_of_two_centres_in_a_cell_the_nearer_counts():
+    near = SceneObject("red", "star", "blue", (8, 8, 24, 24))
+    far = SceneObject("blue", "circle", "red", (24, 24, 38, 38))
+    alone = SceneObject("green", "cross", "red", (96, 32, 128, 64))
+    for objects in ([near, far, alone], [alone, far, near]):
+        found = tiny_build.objects_by_cell((Scene([], (0, 0, 0)), Scene(objects, (40, 40, 40))))
+        assert found == {64: near, 64 + 8 + 3: alone}
 
 
-def test_queries_start_as_copies_of_the_keys_once(build, monkeypatch):
-    monkeypatch.setattr(tiny_build, "EXAMPLES", 100)
+def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
+    """So it is weak where its training is thin: the only turn about a tiny object is to name its crop."""
+    rng, kinds, num_tiny = random.Random(0), dict(shape=1, detail=1, place=1, find=1, name=1), 0
+    for _ in range(300):
+        scene, _ = tiny_build.random_scene(rng, 6, suppressed=0.0)
+        crops = [(rng.choice(scene.objects), torch.zeros(4, 1)) for _ in range(2)]
+        num_tiny += sum(o.size == "tiny" for o in scene.objects)
+        text, images = tiny_build.draw_turn(rng, (scene, torch.zeros(64, 1), crops), kinds)
+        question, _, reply = text.rpartition("<|vision_end|>")[2].partition("<|im_end|>")
+        assert "Find Image 2" not in question
+        if question == "What is Image 2?":
+            continue
+        asked = [o for o in scene.objects if o.name in question or f" {o.color} object" in question]
+        assert any(o.size != "tiny" for o in asked), question
+        if question.startswith("Find"):
+            boxes = {tiny_build.FRAME.to_text(o.box): o for o in scene.objects}
+            target = boxes[reply.partition("<answer>")[2].partition("</answer>")[0]]
+            assert target.size != "tiny" and len(images) == 1 + (" in Image 1" in question)
+            assert scene.is_unique(target) or target.description in question, "a twin needs its detail"
+    assert num_tiny > 300
+
+
+def test_queries_start_as_copies_of_the_keys_once(build):
     attention = build.model.model.language_model.layers[1].self_attn
     build.start_language()
-    build.draw_examples((1, 1, 2))
-    assert len(build.examples) == 100 and {len(scene.objects) for scene, *_ in build.examples} == {1, 2}
-    assert [t.shape for t in (build.examples[0][1], build.examples[0][2][1][1])] == [(36, 128), (4, 128)]
     queries, keys = attention.q_proj.weight.view(4, 32, 128), attention.k_proj.weight.view(2, 32, 128)
     for head in range(4):
         assert torch.equal(queries[head], keys[head // 2])
+    assert not any(p.requires_grad for p in build.model.model.visual.parameters())
     with torch.no_grad():
         attention.q_proj.weight.zero_()
-    build.state["steps"]["language"] = 1
+    build.state["stage"] = "words"
     build.start_language()
     assert not attention.q_proj.weight.any()
 
 
-def test_a_stopped_stage_continues_from_its_last_minute(tmp_path, monkeypatch):
-    clock = iter(range(0, 100_000, 25))  # 25 seconds pass between any two calls
-    monkeypatch.setattr(tiny_build, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(tiny_build, "STAGES", {"vision": 38, "language": 60, "two images": 2})
-    draws = []
-
-    def start(until):
-        build = tiny_build.Build(tmp_path / "model", 20.0, 0)
-
-        def loss_function(rng, step):
-            draws.append(rng.random())
-            if len(draws) > until:
-                raise KeyboardInterrupt
-            return sum((p**2).sum() for p in build.heads.parameters()), {}
-
-        build.train("vision", 1e-3, list(build.heads.parameters()), loss_function)
-        return build
-
-    with pytest.raises(KeyboardInterrupt):
-        start(until=6)  # at 25 seconds a step, the second minute is over after five
-    state = torch.load(tmp_path / "model-build" / "state.pt", weights_only=True)
-    assert set(state) == {"stage", "spent", "steps", "model", "heads", "optimizer"}
-    assert state["stage"] == "vision" and state["steps"]["vision"] == 5 and state["spent"]["vision"] == 125
-    assert torch.equal(
-        tiny_build.Build(tmp_path / "model", 20.0, 0).heads["digits"].weight, state["heads"]["digits.weight"]
-    )
-    build = start(until=1000)
-    expected = [random.Random(f"pretraining/0/vision/{i}").random() for i in range(19)]
-    assert draws == expected[:7] + expected[5:]
-    assert build.state["steps"] == {"vision": 19, "language": 0, "two images": 0}
-    assert all(s["step"] == 19 for s in build.state["optimizer"]["state"].values())
+def test_no_stage_shrinks_the_range_of_counts():
+    """Weakness must come from what the base was shown, not from a stage that destroys something."""
+    for stage in tiny_build.STAGES.values():
+        counts = {tiny_build.draw_count(random.Random(i), stage.few_share) for i in range(400)}
+        assert counts == set(range(1, scenes.MAX_OBJECTS + 1))
 
 
-def test_a_build_is_an_ordinary_folder_and_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_build, "EXAMPLES", 100)
-    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "model"), "--minutes", "0.05"])
-    tiny_build.main()
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+# ---------------------------------------------------------------- the real build, small
+
+# Builds into one folder by processes that kill themselves with SIGKILL, each after so many optimizer steps;
+# the last one ends by itself. They are forks, so only the first of them imports PyTorch.
+KILLED_BUILD = """
+import os, signal, sys
+from itertools import count
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tiny import build
+
+build.SAVE_EVERY = 1
+for steps in map(int, sys.argv.pop(1).split(",")):
+    if os.fork() == 0:
+        done = count(1)
+        kill = lambda *_: next(done) == steps and os.kill(os.getpid(), signal.SIGKILL)
+        register_optimizer_step_post_hook(kill)
+        build.main()
+        os._exit(0)
+    print("ended with", os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments), "--steps-per-stage", str(STEPS)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a build that nothing interrupted, and what it printed."""
+    folder = tmp_path_factory.mktemp("build") / "model"
+    return folder, launch("-m", "tiny.build", "--out", folder, "--seed", "0").stdout
+
+
+def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished, tmp_path):
+    again, killed = tmp_path / "again", tmp_path / "killed"
+    for folder, steps in ((again, "-1"), (killed, f"{STEPS},3,3,3,-1")):
+        # Each kill comes between the last step of a stage and the state that would have it.
+        done = launch("-c", KILLED_BUILD, steps, "--out", folder)
+        ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+        assert ends == [f"ended with {-signal.SIGKILL}"] * steps.count(",") + ["ended with 0"]
+    hashes = {sha256(folder / "model.safetensors") for folder in (finished[0], again, killed)}
+    assert len(hashes) == 1 and f"SHA-256 of model.safetensors: {hashes.pop()}\n" in finished[1]
+
+
+def test_a_build_is_an_ordinary_folder_that_tells_how_it_was_made(finished):
+    folder, printed = finished
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     assert model.config.locus_family == "tiny" and not model.generation_config.do_sample
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    steps = torch.load(tmp_path / "model-build" / "state.pt", weights_only=True)["steps"]
-    assert min(steps.values()) >= 1 and model.config.locus_build["steps"] == steps
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == architecture.CHAT_TEMPLATE
-    assert AutoImageProcessor.from_pretrained(tmp_path / "model").merge_size == 2
-    tiny_build.main()
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+    assert AutoImageProcessor.from_pretrained(folder).merge_size == 2
+    made = model.config.locus_build
+    assert (made["seed"], made["threads"], set(made["versions"])) == (0, 2, {"torch", "transformers"})
+    assert made["steps"] == dict.fromkeys(tiny_build.STAGES, STEPS)
+    assert made["sha256"] == sha256(folder / "model.safetensors")
+    assert list(made["accuracy"]) == list(tiny_build.STAGES)
+    cells = {*scenes.KINDS} | {f"{kind}_{size}" for kind in scenes.KINDS for size in scenes.SIDES}
+    for name in ("words", "boxes", "crowds"):
+        assert set(made["accuracy"][name]) == {"few", "crowds"}
+        assert all(set(part) == cells for part in made["accuracy"][name].values())
+        assert f"{name}, {STEPS} steps: " in printed
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
-def test_minutes_that_make_no_sense_are_refused(minutes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path / "model"), "--minutes", minutes])
+def test_a_finished_build_is_not_trained_again(finished, monkeypatch):
+    folder, before = finished[0], sha256(finished[0] / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for name in ("vision_loss", "turns_loss", "save"):
+        monkeypatch.setattr(tiny_build.Build, name, lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    tiny_build.run_build(tiny_build.Build(folder, 0, STEPS), folder)
+    assert sha256(folder / "model.safetensors") == before
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(1, STEPS), (0, STEPS + 1), (0, None)])
+def test_other_settings_are_refused_on_resume(seed, steps, finished, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with pytest.raises(UserError, match="state.pt has (seed|steps) .*, not .*: give the same"):
+        tiny_build.Build(finished[0], seed, steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--out", str(ROOT / "tiny" / "other")], "is inside"),
+        (["--out", "X", "--steps-per-stage", "0"], "--steps-per-stage 0"),
+        (["--out", "X", "--steps-per-stage", "-3"], "--steps-per-stage -3"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["build.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         tiny_build.main()
-    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert stopped.value.code == 2 and problem in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and not (ROOT / "tiny" / "other-build").exists()
