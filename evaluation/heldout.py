@@ -63,12 +63,8 @@ def encode_find(processor: Processor, text: str, image: ProcessedImage) -> Encod
     return encode(processor, prompt_text(processor.family, "text", text=text), image)
 
 
-def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -> HeldOutSet:
-    """n held-out cues; of scenes also n prompts to find by text, and n / 3 questions of each kind and size.
-
-    alone: only questions whose evidence shares none of its image tokens with another object. A large object
-    hardly ever has its tokens to itself, so there are none about it.
-    """
+def build_heldout_set(policy: Policy, cues: Cues, n: int) -> HeldOutSet:
+    """n held-out cues; of scenes also n prompts to find by text, and n / 3 questions of each kind and size."""
     processor = policy.processor
     if cues[0].scene is None:
         photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
@@ -82,15 +78,12 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int, alone: bool = False) -
         held.find_prompts.append(encode_find(processor, text, held.cue_prompts[-1].images[0]))
         # In fixed batches, whatever runs first: in other batches the last digits of features would differ.
         compute_image_features(policy, held.cue_prompts[-1:])
-    sizes = [size for size in scenes.SIDES if size != "large" or not alone]
-    missing = {(kind, size): -(-n // 3) for kind in scenes.KINDS for size in sizes}
+    missing = {(kind, size): -(-n // 3) for kind in scenes.KINDS for size in scenes.SIDES}
     for index in takewhile(lambda _: any(missing.values()), count()):
         # Scenes of their own, as crowded as those of the cues: drawn ten times as fast as cues.
         rng = random.Random(f"{cues.split}/{cues.seed}/questions/{index}")
         scene = scenes.draw_layout(rng, len(held.cues[index % n].scene.objects))
         possible = [q for q in scenes.questions(scene) if missing.get((q.kind, q.evidence.size))]
-        if alone:
-            possible = [q for q in possible if scenes.alone_in_its_cells(scene, q.evidence.box)]
         # One of each kind: the last of them, which is of the size that lacks most.
         rng.shuffle(possible)
         possible.sort(key=lambda q: missing[q.kind, q.evidence.size])

@@ -16,5 +16,5 @@ def policy(request) -> Policy:
 
 
 # --doctest-modules is for the seven root files: the scripts beside the tests are not imported for it.
-collect_ignore = ["bench_group.py", "bench_rollout.py", "count_dispatches.py", "gpu_check.py"]
-collect_ignore += ["kill_many.py", "names.py"]
+collect_ignore = ["bench_group.py", "bench_rollout.py", "bench_trl.py", "count_dispatches.py"]
+collect_ignore += ["gpu_check.py", "kill_many.py", "names.py"]

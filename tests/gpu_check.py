@@ -716,7 +716,7 @@ def check_trl() -> None:
         print("TRL is not installed: pip install -r scale/requirements.txt, in an environment of its own.")
         return
     if not CUDA:
-        subprocess.run([sys.executable, "-m", "scale.side_by_side"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "tests/bench_trl.py"], cwd=ROOT, check=True)
         return
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "Qwen3-VL-4B-Instruct"
@@ -742,7 +742,7 @@ def measure_trainer(name: str, folder: Path) -> None:
     if name == "ours":
         seconds = dry_run.largest_steps(policy, cfg, train_step, LOCUS)[-1]["seconds"]
     else:
-        from scale.side_by_side import Clock, make_trainer, rows_of
+        from bench_trl import Clock, make_trainer, rows_of
 
         policy.model = policy.model.unload()
         rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")

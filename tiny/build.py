@@ -375,17 +375,13 @@ def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps-per-stage", type=int, help="instead of each stage's own number, to try it out"
-    )
+    parser.add_argument("--steps-per-stage", type=int, help="instead of each stage's own, to try it out")
     args = parser.parse_args()
     with exit_on_error():
         if args.steps_per_stage is not None and args.steps_per_stage < 1:
             raise UserError(f"--steps-per-stage {args.steps_per_stage} is no training: give 1 or more.")
         if (checkout := Path(__file__).resolve().parents[1]) in args.out.resolve().parents:
-            raise UserError(
-                f"--out {args.out} is inside {checkout}, and so would be its state: give another."
-            )
+            raise UserError(f"--out {args.out} is inside {checkout}, as its state would be: give another.")
         run_build(Build(args.out, args.seed, args.steps_per_stage), args.out)
 
 

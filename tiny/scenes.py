@@ -124,12 +124,8 @@ def draw_layout(rng: random.Random, count: int, twins: bool | None = None) -> Sc
     background = tuple(rng.randint(15, 85) for _ in range(3))
     rectangles = []
     for _ in range(rng.randint(0, 5)):
-        x, y, w, h = (
-            rng.randint(-20, SIDE),
-            rng.randint(-20, SIDE),
-            rng.randint(15, 120),
-            rng.randint(15, 120),
-        )
+        x, y = rng.randint(-20, SIDE), rng.randint(-20, SIDE)
+        w, h = rng.randint(15, 120), rng.randint(15, 120)
         rectangles.append(((x, y, x + w, y + h), tuple(max(0, c + rng.randint(-14, 14)) for c in background)))
     parts = zip(names, cores, (boxes[index] for index in range(count)))
     return Scene([SceneObject(*name, core, box) for name, core, box in parts], background, rectangles)
@@ -219,18 +215,7 @@ def questions(scene: Scene) -> list[Question]:
     return unambiguous
 
 
-def cells_around(box: Box) -> Box:
-    """The box, in pixels, of the image tokens (cells of 32 × 32 pixels) that an object's box touches."""
-    x1, y1, x2, y2 = box
-    return (x1 // CELL * CELL, y1 // CELL * CELL, -(-x2 // CELL) * CELL, -(-y2 // CELL) * CELL)
-
-
 def num_cells(box: Box) -> int:
-    """The number of image tokens that an object's box touches."""
-    x1, y1, x2, y2 = cells_around(box)
-    return (x2 - x1) * (y2 - y1) // CELL**2
-
-
-def alone_in_its_cells(scene: Scene, box: Box) -> bool:
-    """True if no other object shares an image token with the object in `box`."""
-    return not any(touches(cells_around(box), other.box) for other in scene.objects if other.box != box)
+    """The number of image tokens (cells of 32 × 32 pixels) that an object's box touches."""
+    x1, y1, x2, y2 = box
+    return (-(-x2 // CELL) - x1 // CELL) * (-(-y2 // CELL) - y1 // CELL)

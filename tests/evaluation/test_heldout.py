@@ -264,12 +264,6 @@ def test_a_longer_set_starts_with_the_same_cues(policy):
     assert boxes[1][:2] == boxes[0]
 
 
-def test_alone_keeps_only_evidence_with_its_tokens_to_itself(policy):
-    held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (12, 12)), 3, alone=True)
-    assert all(scenes.alone_in_its_cells(scene, q.evidence.box) for scene, q in held.scene_questions)
-    assert {q.evidence.size for _, q in held.scene_questions} == {"tiny", "small"}
-
-
 def test_scenes_of_one_object_have_cues_and_questions(policy):
     held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 0, (1, 1)), 2)
     assert all(cue.target == cue.scene.objects[0] for cue in held.cues)

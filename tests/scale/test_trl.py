@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))
 import families
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from bench_trl import GROUP, make_trainer, rows_of
 from datasets import load_dataset
 from peft import PeftModel
 from PIL import Image
@@ -26,11 +27,10 @@ from data import Cue, CueConfig, encode_cue, scene_cues
 from files.errors import model_folder
 from locus_mini import group_advantages, optimizer_step
 from models import add_lora, load_policy
-from policy import Policy, Rollout, collate, rollout, texts, token_logps
+from policy import Policy, Rollout, collate, decode_completions, rollout, token_logps
 from prompts import box_frame
 from reward import reward
 from scale.export import find_target
-from scale.side_by_side import GROUP, make_trainer, rows_of
 from training.settings import Config
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def recorded() -> tuple[Policy, list[Cue], list, Rollout, torch.Tensor, torch.Te
     cues = [scenes[i] for i in range(4)]
     items = [encode_cue(policy.processor, cue, "object") for cue in cues]
     rollouts = rollout(policy, collate(policy, items), GROUP, 40, torch.Generator().manual_seed(2))
-    groups = zip(texts(policy, rollouts), items, cues)
+    groups = zip(decode_completions(policy, rollouts), items, cues)
     rewards = torch.tensor([[reward(t, i.frame.to_units(c.box)).total for t in g] for g, i, c in groups])
     assert rollouts.mask.sum(-1).unique().numel() > 1 and (rewards.std(1) > 0).any()
     return policy, cues, items, rollouts, rewards, group_advantages(rewards)

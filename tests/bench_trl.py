@@ -1,6 +1,6 @@
-"""One GRPO step of the loop beside one of TRL, in seconds and memory; test_trl.py compares their gradients.
+"""One GRPO step of the loop beside one of TRL, in seconds and memory; scale/test_trl.py compares gradients.
 
-    python -m scale.side_by_side [--repeat 3]
+    python tests/bench_trl.py [--repeat 3]
 
 The embedded model takes 8 prompts on scenes, and its completions end by themselves. The model of 60 million
 random parameters takes one prompt of 600 tokens, and its completions have 100.
@@ -17,8 +17,11 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
 import torch
 from datasets import Dataset
+from random_models import random_policy
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor, TrainerCallback
 from trl import GRPOConfig
 
@@ -60,9 +63,6 @@ def prepare(model: str) -> tuple[Policy, Cues, Config]:
     if model == "embedded":
         policy, flags = load_policy("tiny"), {"prompts": 8}
     else:
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
-        from random_models import random_policy
-
         policy = random_policy("qwen3_vl", width=512, layers=15, intermediate_size=2048)
         # The least size enlarges the scenes, so that the images of a prompt have 488 tokens.
         policy.processor.family = replace(policy.processor.family, image_pixels=(704**2, 768**2))
