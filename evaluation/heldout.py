@@ -64,7 +64,7 @@ def encode_find(processor: Processor, text: str, image: ProcessedImage) -> Encod
 
 
 def build_heldout_set(policy: Policy, cues: Cues, n: int) -> HeldOutSet:
-    """n held-out cues; of scenes also n prompts to find by text, and n / 3 questions of each kind and size."""
+    """n held-out cues; of scenes also n prompts to find by text and n / 3 questions of each kind and size."""
     processor = policy.processor
     if cues[0].scene is None:
         photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
