@@ -12,6 +12,7 @@ continues.
 import gzip
 import json
 import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -148,21 +149,15 @@ def rows_of(protocol: dict[str, Any], models: dict[str, str], out: Path) -> list
     return rows
 
 
-def run_in_pool(row: Row) -> dict[str, Any]:
-    """`run_row` in a process of the pool, which ends at Ctrl-C: otherwise it would take the next row."""
-    try:
-        return run_row(row)
-    except KeyboardInterrupt:
-        os._exit(130)
-
-
 def run_rows(rows: list[Row], jobs: int) -> None:
     """Runs rows, `jobs` at a time, each on one thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the rows' processes
     RUNS.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, lock_run_folder(RUNS):
+    # A process of the pool ends at Ctrl-C: otherwise it would take the next row.
+    at_start = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), *at_start) as pool, lock_run_folder(RUNS):
         try:
-            for row, content in zip(rows, tqdm(pool.map(run_in_pool, rows), "rows", len(rows), unit="row")):
+            for row, content in zip(rows, tqdm(pool.map(run_row, rows), "rows", len(rows), unit="row")):
                 tqdm.write(f"{row.folder.name}: {content['seconds']} seconds")
         except RuntimeError as error:  # also if a process was killed
             raise UserError(f"A row has failed ({error!r}). The same command continues.") from None
