@@ -192,7 +192,8 @@ class Build:
         self.heads = nn.ModuleDict(heads | {"core": nn.Linear(128, 128)})
         self.file = out.with_name(f"{out.name}-build") / "state.pt"
         settings = {"seed": seed, "steps": self.steps, "threads": THREADS}
-        settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        # As str: torch's own class of versions could not be read back with weights_only.
+        settings["versions"] = {m.__name__: str(m.__version__) for m in (torch, transformers)}
         # `step`: how many steps of `stage` are done; `accuracy`: after each stage that is complete.
         self.state = {"settings": settings, "stage": "vision", "step": 0, "accuracy": {}}
         if self.file.is_file():

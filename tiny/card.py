@@ -19,6 +19,7 @@ from files.disk import sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from models import load_policy
 from policy import Policy
+from tiny.build import STAGES
 from tiny.scenes import KINDS, SIDES
 
 FEW, CROWDS = "1–4 objects", "8–12 objects"
@@ -57,7 +58,8 @@ def card_text(card: dict[str, Any]) -> str:
     """What README.md has between its marks, from nothing but the content of card.json."""
     build, scores = card["build"], card["scores"]
     lines = [f"- {name}: {json.dumps(value)}" for name, value in build.items() if name != "accuracy"]
-    lines += [f"- accuracy after {name}: {json.dumps(v)}" for name, v in build.get("accuracy", {}).items()]
+    accuracy = build.get("accuracy", {})
+    lines += [f"- accuracy after {name}: {json.dumps(accuracy[name])}" for name in STAGES if name in accuracy]
     tables = [markdown_table(HEADER, [row for name in scores for row in card_rows(name, scores[name])])]
     # By the number of image tokens that the object touches.
     crowds = [scores[CROWDS][task]["by_tokens"] for task in ("questions", "suppressed")]
@@ -66,8 +68,8 @@ def card_text(card: dict[str, Any]) -> str:
     few = scores[FEW]["questions"]["by_kind"]
     shares = [mean(few[f"{kind}_{size}"]["accuracy"] for size in ("small", "large")) for kind in KINDS]
     salient = ", ".join(f"{kind} {value}" for kind, value in zip(KINDS, points(shares)))
-    named = points([scores[FEW]["crop_named_right"]])[0]
-    notes = f"Salient objects in scenes of 1 to 4: {salient}. Their crops named right: {named}."
+    named = f"{100 * scores[FEW]['crop_named_right']:.1f}"
+    notes = f"Salient objects in scenes of 1 to 4: {salient}. Crops of all sizes named right: {named}."
     notes += f" {scores[FEW]['cue']['n']:,} cues a row, and a third as many questions of each kind and size."
     return "\n\n".join(["", "\n".join(lines), *tables, notes, ""])
 

@@ -22,7 +22,7 @@ from tiny import build as tiny_build
 from tiny.scenes import Scene, SceneObject
 
 ROOT = Path(__file__).parents[2]
-STEPS = 2  # in each stage of the builds of these tests
+STEPS = 2  # in each stage of the builds of these tests; BUILDS has them too
 
 
 @pytest.fixture(scope="module")
@@ -188,48 +188,50 @@ def test_no_stage_shrinks_the_range_of_counts():
 
 # ---------------------------------------------------------------- the real build, small
 
-# Builds into one folder by processes that kill themselves with SIGKILL, each after so many optimizer steps;
-# the last one ends by itself. They are forks, so only the first of them imports PyTorch.
-KILLED_BUILD = """
+# Builds into a folder by processes that kill themselves with SIGKILL, each after so many optimizer steps
+# (0: never). They are forks, so PyTorch is imported once.
+BUILDS = """
 import os, signal, sys
 from itertools import count
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tiny import build
 
 build.SAVE_EVERY = 1
-for steps in map(int, sys.argv.pop(1).split(",")):
-    if os.fork() == 0:
-        done = count(1)
-        kill = lambda *_: next(done) == steps and os.kill(os.getpid(), signal.SIGKILL)
-        register_optimizer_step_post_hook(kill)
-        build.main()
-        os._exit(0)
-    print("ended with", os.waitstatus_to_exitcode(os.wait()[1]))
+for folder, kills in (argument.split("=") for argument in sys.argv[1:]):
+    for last_step in map(int, kills.split(",")):
+        if os.fork() == 0:
+            done = count(1)
+            kill = lambda *_: next(done) == last_step and os.kill(os.getpid(), signal.SIGKILL)
+            register_optimizer_step_post_hook(kill)
+            sys.argv = ["build.py", "--out", folder, "--steps-per-stage", "2"]
+            build.main()
+            os._exit(0)
+        print("ended with", os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-def launch(*arguments: str | Path) -> subprocess.CompletedProcess:
+def launch(*arguments: str | Path) -> str:
+    """What a Python process prints; it must end well."""
     env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, arguments), "--steps-per-stage", str(STEPS)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a build that nothing interrupted, and what it printed."""
     folder = tmp_path_factory.mktemp("build") / "model"
-    return folder, launch("-m", "tiny.build", "--out", folder, "--seed", "0").stdout
+    flags = ("--out", folder, "--seed", "0", "--steps-per-stage", str(STEPS))
+    return folder, launch("-m", "tiny.build", *flags)
 
 
 def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished, tmp_path):
     again, killed = tmp_path / "again", tmp_path / "killed"
-    for folder, steps in ((again, "-1"), (killed, f"{STEPS},3,3,3,-1")):
-        # Each kill comes between the last step of a stage and the state that would have it.
-        done = launch("-c", KILLED_BUILD, steps, "--out", folder)
-        ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
-        assert ends == [f"ended with {-signal.SIGKILL}"] * steps.count(",") + ["ended with 0"]
+    # Each kill comes between the last step of a stage and the state that would have it.
+    printed = launch("-c", BUILDS, f"{again}=0", f"{killed}=2,3,3,3,0")
+    ends = [int(line.removeprefix("ended with ")) for line in printed.splitlines() if "ended" in line]
+    assert ends == [0, *[-signal.SIGKILL] * 4, 0]
     hashes = {sha256(folder / "model.safetensors") for folder in (finished[0], again, killed)}
     assert len(hashes) == 1 and f"SHA-256 of model.safetensors: {hashes.pop()}\n" in finished[1]
 
@@ -246,7 +248,7 @@ def test_a_build_is_an_ordinary_folder_that_tells_how_it_was_made(finished):
     assert (made["seed"], made["threads"], set(made["versions"])) == (0, 2, {"torch", "transformers"})
     assert made["steps"] == dict.fromkeys(tiny_build.STAGES, STEPS)
     assert made["sha256"] == sha256(folder / "model.safetensors")
-    assert list(made["accuracy"]) == list(tiny_build.STAGES)
+    assert made["accuracy"].keys() == tiny_build.STAGES.keys()
     cells = {*scenes.KINDS} | {f"{kind}_{size}" for kind in scenes.KINDS for size in scenes.SIDES}
     for name in ("words", "boxes", "crowds"):
         assert set(made["accuracy"][name]) == {"few", "crowds"}
