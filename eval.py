@@ -132,7 +132,7 @@ def scenes_task(session: Session) -> dict[str, Any]:
     draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)
-    return finish(model_scores, {"baselines": rules | {"twins_by_pixels": twins.match_twins(n, seed)}})
+    return finish(model_scores, {"baselines": rules})
 
 
 def cues_task(session: Session) -> dict[str, Any]:
