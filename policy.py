@@ -24,6 +24,7 @@ import transformers as hf
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
 
 from prompts import EncodedPrompt, Processor
 
@@ -184,6 +185,26 @@ class Rollout:
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
+class PreallocatedCacheLayer(DynamicLayer):
+    """Keys and values of one layer, allocated ahead: the library's cache is copied for every token."""
+
+    def __init__(self, max_columns: int):
+        super().__init__()
+        self.max_columns, self.length = max_columns, 0
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
+        if self.length == 0:
+            (B, K, _, D), self.is_initialized = keys.shape, True
+            self.keys, self.values = keys.new_empty(2, B, K, self.max_columns, D)
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = keys, values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
 @torch.no_grad()
 def rollout(
     policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None, decode=run_text
@@ -196,7 +217,8 @@ def rollout(
     """
     G, segment_ids = num_generations, batch.segment_ids
     # Read the prompts once, and keep their keys and values.
-    cache = hf.DynamicCache()
+    num_columns = batch.input_ids.shape[1] + G * max_new_tokens
+    cache = hf.Cache(layer_class_to_replicate=lambda: PreallocatedCacheLayer(num_columns))
     hidden = decode(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]

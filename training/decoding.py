@@ -70,28 +70,28 @@ class FusedLayer:
         self.out, self.down = JointLinear(dtype, attention.o_proj), JointLinear(dtype, mlp.down_proj)
         self.gate_up = JointLinear(dtype, mlp.gate_proj, mlp.up_proj)
 
-    def __call__(self, x: Tensor, rotary: tuple, mask: Tensor, cache: Tensor, columns: slice) -> Tensor:
+    def __call__(self, x: Tensor, rotary: tuple, mask: Tensor, newest: Tensor, cache: tuple) -> Tensor:
         """Hidden states [N, H] before the layer to those after it.
 
         rotary: cosine and sine of the rotary embedding, the sine with its sign, [B, G, 1, D] each.
-        mask: additive, [B, 1, G·A/K, L]. cache: keys and values of the layer, [B, L or more, 2K, D];
-        columns: where those of this step go.
+        mask: additive, [B, 1, G·A/K, L]. cache: the layer's keys and values, [B, K, L, D] each; newest: its
+        columns of this step, keys and values side by side, [B, G, 2K, D], which are written here.
         """
-        (B, _, _, D), (cos, sin), attention = cache.shape, rotary, self.layer.self_attn
-        G, K, L = cos.shape[1], cache.shape[2] // 2, mask.shape[-1]
+        (B, G, _, D), K, attention = newest.shape, newest.shape[2] // 2, self.layer.self_attn
+        cos, sin = rotary
         heads = self.qkv(rms_norm(x, self.layer.input_layernorm)).view(B, G, -1, D)  # [B, G, A + 2K, D]
-        heads, value = heads[:, :, :-K], heads[:, :, -K:]
+        num_heads = heads.shape[2] - 2 * K  # A
+        heads, value = heads.split([num_heads + K, K], 2)  # [B, G, A + K, D] and [B, G, K, D]
         if hasattr(attention, "q_norm"):  # Qwen3-VL
-            key = rms_norm(heads[:, :, -K:], attention.k_norm)
-            heads = torch.cat([rms_norm(heads[:, :, :-K], attention.q_norm), key], 2)  # [B, G, A + K, D]
+            query, key = heads.split([num_heads, K], 2)
+            heads = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], 2)
         # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x.
         heads = heads * cos + heads.roll(D // 2, -1) * sin
-        query, key = heads[:, :, :-K], heads[:, :, -K:]
-        torch.cat([key, value], 2, out=cache[:, columns])
-        keys, values = cache[:, :L].transpose(1, 2).chunk(2, 1)  # [B, K, L, D] each
+        query, key = heads.split([num_heads, K], 2)
+        torch.cat([key, value], 2, out=newest)
         # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
         query = query.view(B, G, K, -1, D).transpose(1, 2).reshape(B, K, -1, D)  # [B, K, G·A/K, D]
-        out = F.scaled_dot_product_attention(query, keys, values, mask, scale=attention.scaling)
+        out = F.scaled_dot_product_attention(query, *cache, mask, scale=attention.scaling)
         x = x + self.out(out.view(B, K, G, -1, D).transpose(1, 2).reshape(B * G, -1))
         gate, up = self.gate_up(rms_norm(x, self.layer.post_attention_layernorm)).chunk(2, 1)
         return x + self.down(self.layer.mlp.act_fn(gate) * up)
@@ -141,11 +141,15 @@ class FusedDecoder:
         # A finished completion still sees its own columns: nothing reads what it computes.
         self.mask[..., columns] = self.own_column
         # Kernels want a multiple of 8 columns. The mask hides those that are not written yet.
-        mask = self.mask[..., : -(-length // 8) * 8]  # [B, 1, G·A/K, L]
+        L = -(-length // 8) * 8
+        mask, cache = self.mask[..., :L], self.cache[:, :, :L]  # [B, 1, G·A/K, L], [layers, B, L, 2K, D]
         x = self.text.embed_tokens(input_ids)  # [B, G, H]
         cos, sin = (part[:, :, None] for part in self.text.rotary_emb(x, position_ids))  # [B, G, 1, D] each
         first, second = sin.chunk(2, -1)
         x, rotary = x.flatten(0, 1), (cos, torch.cat([-first, second], -1))  # [N, H]
-        for layer, cache in zip(self.layers, self.cache, strict=True):
-            x = layer(x, rotary, mask, cache, columns)
+        keys, values = cache.transpose(2, 3).chunk(2, 2)  # [layers, B, K, L, D] each
+        # Views of all layers at once: a view launches nothing, but takes Python as long as a launch.
+        views = zip(self.cache[:, :, columns], zip(keys, values, strict=True), strict=True)
+        for layer, (newest, layer_cache) in zip(self.layers, views, strict=True):
+            x = layer(x, rotary, mask, newest, layer_cache)
         return rms_norm(x, self.text.norm).view(*input_ids.shape, -1)
