@@ -14,7 +14,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,12 +39,13 @@ NOT_COPIED = re.compile(r"README\.md|.*\.(safetensors|bin|pth?|gguf|onnx|h5|msgp
 
 
 def read_base(adapter: Path) -> str:
-    """The base model that an adapter names, "" if none; UserError for an adapter that is not plain LoRA."""
+    """The base model that an adapter names, or "unknown"; UserError for one that is not plain LoRA."""
+    check_adapter_files(adapter, "")
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     for name in sorted(config.keys() - KNOWN.split()):
         if config[name] and config[name] != OFF.get(name):
             raise refusal(adapter, f"its {name} is more than plain LoRA; train without it", "--adapter")
-    return config.get("base_model_name_or_path") or ""
+    return config.get("base_model_name_or_path") or "unknown"
 
 
 def module_name(key: str) -> str:
@@ -59,7 +59,7 @@ def module_name(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def merge_file(source: Path, target: Path, layers: dict[str, Any]) -> set[str]:
+def merge_file(source: Path, target: Path, layers: dict[str, torch.nn.Module]) -> set[str]:
     """Copies a safetensors file with W + scaling · B·A in place of W; returns the layers whose W it holds.
 
     layers: PEFT's LoRA layers by name.
@@ -79,14 +79,13 @@ def merge_file(source: Path, target: Path, layers: dict[str, Any]) -> set[str]:
     return set(found)
 
 
-def merge(base: Path, layers: dict[str, Any], out: Path) -> None:
+def merge(base: Path, layers: dict[str, torch.nn.Module], out: Path) -> None:
     """Writes the merged model into a new folder; UserError where the base has no weight for a layer."""
     out.mkdir(parents=True)
     for path in base.iterdir():
         if path.is_file() and not NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, out / path.name)
-    names = weight_file_names(base)
-    found = set().union(*(merge_file(base / name, out / name, layers) for name in names))
+    found = set().union(*(merge_file(base / n, out / n, layers) for n in weight_file_names(base)))
     if missing := sorted(layers.keys() - found):
         raise UserError(f"{base} has no weight of its own for {missing[0]}: train an adapter without it.")
 
@@ -106,28 +105,27 @@ def logps_of(policy: Policy, rollouts: Rollout) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge_and_compare(adapter: Path, out: Path, base_name: str | None, cpu: bool) -> None:
+def merge_and_compare(adapter: Path, out: Path, base: str | None = None, cpu: bool = False) -> None:
     """A whole merge. UserError, and no OUT, if the merged model differs from base + adapter."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT {out} exists and is not empty: give another folder.")
-    check_adapter_files(adapter, base_name or "")
     named_base, new, gaps = read_base(adapter), out.with_name(f"{out.name}.new"), {}
-    name, kwargs = base_name or named_base, dict(dtype=torch.bfloat16, cpu=cpu)
-    # What the merged model must equal: base + adapter in 16 bit, on completions that it samples itself.
-    policy = load_adapter(load_policy(name, False, **kwargs), adapter)
-    rollouts = rollout(policy, cue_batch(policy), 2, 32, torch.Generator(policy.device).manual_seed(0))
-    expected = logps_of(policy, rollouts)  # [N]
-    with policy.reference():
-        gaps["base without adapter"] = logps_of(policy, rollouts) - expected
-    layers = {key: m for key, m in policy.base_model.named_modules() if hasattr(m, "get_delta_weight")}
-    base = Path(cached_file(model_folder(name), "config.json")).parent  # of a hub id, where it was downloaded
+    name, kwargs = base or named_base, dict(dtype=torch.bfloat16, cpu=cpu)
     shutil.rmtree(new, ignore_errors=True)  # a kill may have left one
     try:
-        merge(base, layers, new)
+        # What the merged model must equal: base + adapter in 16 bit, on completions that it samples itself.
+        policy = load_adapter(load_policy(name, False, **kwargs), adapter)
+        rollouts = rollout(policy, cue_batch(policy), 2, 32, torch.Generator(policy.device).manual_seed(0))
+        expected = logps_of(policy, rollouts)  # [N]
+        with policy.reference():
+            gaps["base without adapter"] = logps_of(policy, rollouts) - expected
+        layers = {key: m for key, m in policy.base_model.named_modules() if hasattr(m, "get_delta_weight")}
+        # Of a hub id, the folder that it was downloaded to.
+        merge(Path(cached_file(model_folder(name), "config.json")).parent, layers, new)
         # Out of memory before the next model is loaded.
         del policy, layers
         gaps["merged model"] = logps_of(load_policy(str(new), False, **kwargs), rollouts) - expected
-        policy = load_adapter(load_policy(str(base), True, **kwargs), adapter)
+        policy = load_adapter(load_policy(name, True, **kwargs), adapter)
         gaps["4 bit + adapter"] = logps_of(policy, rollouts) - expected
         means, limit = {key: gap.abs().mean().item() for key, gap in gaps.items()}, HALF_LIMITS["mean"]
         print("Mean gap to base + adapter in 16 bit, in nats per token, on cues of the embedded scenes:")
@@ -137,6 +135,8 @@ def merge_and_compare(adapter: Path, out: Path, base_name: str | None, cpu: bool
             raise UserError(f"The merged model {reason}, not by less than {limit}: OUT {out} is not written.")
         shutil.rmtree(out, ignore_errors=True)  # it is empty
         new.rename(out)
+    except torch.OutOfMemoryError:
+        raise UserError(f"The GPU is too small for {name} in 16 bit: give --cpu.") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -145,11 +145,10 @@ def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a LoRA adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write the merged model to")
-    parser.add_argument("--base", help="folder or hub id of the base model (default: what the adapter names)")
+    parser.add_argument("--base", "--model", help="folder or hub id of the base (default: the adapter's)")
     parser.add_argument("--cpu", action="store_true", help="compare on the CPU, if the GPU is too small")
-    args = parser.parse_args()
     with exit_on_error("make room or check the path, then run it again", "Stopped: OUT is not written."):
-        merge_and_compare(args.adapter, args.out, args.base, args.cpu)
+        merge_and_compare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

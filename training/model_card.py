@@ -1,7 +1,6 @@
 """The model card of an adapter: README.md in its folder, which the hub shows. Its text is model_card.md."""
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path, PurePath
 from string import Template
@@ -35,8 +34,7 @@ def write_model_card(folder: Path, policy: Policy, table: str) -> None:
     prompt = prompt_text(policy.processor.family, "string", question=QUESTION)
     shown |= {"base": base, "head": head, "precision": precision, "prompt": repr(prompt), "table": table}
     text = Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
-    card, picture = folder / "adapter" / "README.md", folder / "adapter" / "before_after.png"
+    card, picture = folder / "adapter" / "README.md", folder / "before_after.png"
+    card.with_name(picture.name).write_bytes(picture.read_bytes())
     card.write_text(text.substitute(shown, settings="\n".join(rows)), encoding="utf-8", newline="\n")
-    shutil.copyfile(folder / picture.name, picture)
-    for path in (card, picture):
-        sync(path)
+    sync(card)

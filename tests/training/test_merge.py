@@ -193,6 +193,7 @@ def test_rank_stabilised_lora_has_its_own_scale(base, adapter, tmp_path):
 )
 def test_more_than_plain_lora_is_refused(adapter, name, value, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text()) | {name: value}
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"its {name} is more than plain LoRA"):
         read_base(tmp_path)
@@ -226,6 +227,10 @@ def test_bad_input_is_refused_in_one_sentence(tiny_adapter, tmp_path, monkeypatc
     assert "adapter_model.safetensors cannot be read" in refuse(empty, out)
     save_file({}, empty / "adapter_model.safetensors")
     assert "have no counterpart" in refuse(empty, out)
+    (empty / "adapter_config.json").write_text("{")
+    assert "adapter_config.json cannot be read" in refuse(empty, out)
+    (empty / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "--model unknown is no folder" in refuse(empty, out), "an adapter that names no base"
     assert not out.exists() and not out.with_name("out.new").exists()
 
 
