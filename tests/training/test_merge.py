@@ -214,6 +214,7 @@ def tiny_adapter(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_bad_input_is_refused_in_one_sentence(tiny_adapter, tmp_path, monkeypatch, capsys):
     refuse = partial(refused, monkeypatch, capsys)
     out = tmp_path / "out"
