@@ -148,6 +148,13 @@ def read_processors(name: str, config: Any) -> tuple[Any, Any]:
     return tokenizer, image_processor
 
 
+def weight_file_names(folder: Path) -> list[str]:
+    """The files of a model folder that hold its weights: one, or those that its index names."""
+    if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        return sorted(set(json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()))
+    return ["model.safetensors"]
+
+
 def check_weight_files(name: str, config: Any, load_in_4bit: bool | None) -> bool:
     """Whether the weights are 4-bit already; UserError if they are damaged, or quantised in another form.
 
@@ -161,11 +168,8 @@ def check_weight_files(name: str, config: Any, load_in_4bit: bool | None) -> boo
         remedy = "leave --no-load-in-4bit out, or " * is_4bit + "give the unquantised model"
         remedy += f" {unquantised}" * (unquantised != name)
         raise refusal(name, f"its weights are quantised ({quantised.get('quant_method')}); {remedy}")
-    folder, weight_files = Path(model_folder(name)), {"model.safetensors"}
-    if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
-        weight_files = set(json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values())
-    if folder.is_dir():
-        check_files(folder, sorted(weight_files))
+    if (folder := Path(model_folder(name))).is_dir():
+        check_files(folder, weight_file_names(folder))
     return is_4bit
 
 

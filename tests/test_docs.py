@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,13 +20,13 @@ from files.errors import FlagParser
 from locus_mini import train_step
 from models import add_lora, load_policy, read_family
 from prompts import Family
-from training import settings
+from training import merge, settings
 from training.dry_run import CONTEXT, empty_model, predict
 from training.time_prediction import CARDS, predict_hours
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "scale" / "README.md", *PAGES]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "scale" / "README.md", *PAGES]
 WINGS = ("files", "training", "evaluation", "tiny", "paper", "scale")
 MODULES = [*ROOT.glob("*.py"), *(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))]
 FAMILIES = ROOT / "tests" / "families"
@@ -72,7 +74,9 @@ def test_python_files_in_backticks_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_modules_that_are_run_exist(path):
-    for module in re.findall(r"python3? -m ((?:tiny|paper|scale)[\w.]*)", path.read_text(encoding="utf-8")):
+    for module in re.findall(
+        r"python3? -m ((?:training|tiny|paper|scale)[\w.]*)", path.read_text(encoding="utf-8")
+    ):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
@@ -84,6 +88,7 @@ PROGRAMS: dict[str, Callable] = {
     "locus_mini.py": lambda: settings.read_flags(""),
     "eval.py": evaluation.read_flags,
     "data.py": data.main,
+    "-m training.merge": merge.main,
 }
 
 
@@ -110,6 +115,37 @@ def test_every_command_is_accepted_by_its_program(program, capsys):
         except SystemExit:
             pytest.fail(f"{line}\n{capsys.readouterr().err}")
         assert not [word for word in unknown if word.startswith("--")], line
+
+
+@pytest.mark.parametrize("command", ["upload", "auth login"])
+def test_flags_of_the_hub_are_those_of_its_program(command):
+    """`hf` is part of the requirements. It needs a network, but not to say which flags it has."""
+    lines = [line for path in DOCUMENTS for line in commands(path) if line.startswith(f"hf {command}")]
+    run = [sys.executable, "-m", "huggingface_hub.cli.hf", *command.split(), "--help"]
+    text = subprocess.run(run, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert lines and f"hf {command} [OPTIONS]" in text
+    for line in lines:
+        assert all(re.search(rf"{flag}\b", text) for flag in re.findall(r" (--[\w-]+)", line)), line
+
+
+def test_everything_that_contributing_names_exists():
+    """Each name in backticks is one of the code; each kind of change takes five lines and has a test."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8")) for path in (*MODULES, *(ROOT / "tests").rglob("*.py"))
+    ]
+    values = (value for tree in trees for node in ast.walk(tree) for _, value in ast.iter_fields(node))
+    existing = {value for value in values if isinstance(value, str)}
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
+        if re.fullmatch(r"[\w./]+/[\w./]*|[\w./]+\.py", span):
+            assert (ROOT / span).exists(), span
+        elif re.fullmatch(r"\w+", span):
+            assert span in existing, span
+    sections = re.findall(r"^## An? (\w.*?)\n\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in sections] == ["model family", "cue source", "reward", "loss", "benchmark"]
+    for _, lines in sections:
+        assert [line[:3] for line in lines.splitlines()] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+        assert re.search(r"^5\. Test.*`tests/", lines, re.MULTILINE)
 
 
 # ---------------------------------------------------------------- figures and keys

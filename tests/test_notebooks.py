@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from training.settings import Config
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ALONE = "This notebook needs the rest of its project: set URL to the address of a copy."
 WINGS = ("files", "training", "evaluation", "tiny", "paper", "scale")
 MODULES = [*ROOT.glob("*.py"), *(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))]
 
@@ -85,9 +88,46 @@ def test_the_title_has_the_number_and_the_solution_is_folded(path):
     assert any(source(c).startswith("<details><summary>Solution</summary>") for c in cells(path, "markdown"))
 
 
-def test_all_start_with_the_same_cell():
-    first_cells = {source(cells(path)[0]) for path in NOTEBOOKS}
-    assert len(first_cells) == 1 and "google.colab" in first_cells.pop()
+def first_cell() -> str:
+    """notebooks/first_cell.py below its docstring."""
+    return (ROOT / "notebooks" / "first_cell.py").read_text(encoding="utf-8").partition("\n\n")[2].rstrip()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_all_start_with_the_same_cell(path):
+    """It names no address: the reader sets one, and is told so."""
+    assert source(cells(path)[0]) == first_cell() and '\nURL = ""\n' in first_cell()
+    assert "github" not in path.read_text(encoding="utf-8")
+
+
+def run_first_cell(folder: Path, url: str) -> subprocess.CompletedProcess:
+    """Runs the first cell in a folder with this URL, then what the notebooks' other cells import."""
+    code = first_cell().replace('URL = ""', f"URL = {url!r}")
+    code += "\nimport locus_mini, tiny.scenes; print(locus_mini.__file__)"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_notebook_that_is_alone_asks_for_an_address(tmp_path):
+    done = run_first_cell(tmp_path, "")
+    assert done.returncode == 1 and done.stderr == f"{ALONE}\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("kind", ["zip", "clone"])
+def test_a_notebook_that_is_alone_gets_the_project(kind, tmp_path):
+    """From a zip of the files that git has, in one folder as hosts pack them, and from a clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this copy is no clone itself")
+    url, packed = str(ROOT), tmp_path / "packed.zip"
+    if kind == "zip":
+        archive = ["git", "-C", ROOT, "archive", "--prefix=project-main/", "-o", packed, "HEAD"]
+        subprocess.run(archive, check=True)
+        url = packed.as_uri()
+    (alone := tmp_path / "alone").mkdir()
+    done = run_first_cell(alone, url)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(alone.resolve())
 
 
 @pytest.mark.notebooks

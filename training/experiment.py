@@ -17,7 +17,7 @@ from files.disk import write_json
 from files.errors import exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
-from training import checks, pictures, run_folder, settings
+from training import checks, model_card, pictures, run_folder, settings
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
 
@@ -120,7 +120,8 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     run_folder.save_adapter(policy.model, folder / "adapter")
     after = heldout.evaluate(policy, held, longest, "after", cache)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
-    # Write it down.
+    # Write it down: results.json last, because a folder that holds it is complete.
+    model_card.write_model_card(folder, policy, table(before, after))
     training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open())
     seconds = {"training": round(training, 1), "all": round(time.monotonic() - experiment.started, 1)}
     results = summarize(before, after)

@@ -5,7 +5,7 @@ config.json              every setting
 answers.jsonl            replies of the base model, later of the trained one, each as soon as it is generated
 metrics.jsonl            one line per step
 checkpoints/step-NNNNNN  adapter and optimizer after N steps; the last two are kept
-adapter, results.json, before_after.png, group.png: at the end
+adapter (with its model card), results.json, before_after.png, group.png: at the end
 """
 
 import json

@@ -87,11 +87,11 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same_end(folder: Path, uninterrupted: Path) -> None:
-    """Metrics, adapter, scores, optimizer and checkpoints of a run equal those of the uninterrupted one."""
+    """Metrics, adapter, card, scores, optimizer and checkpoints equal those of the uninterrupted run."""
     assert metrics(folder) == metrics(uninterrupted)
     assert [row["step"] for row in metrics(folder)] == list(range(20))
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    for name in ("adapter_model.safetensors", "README.md", "before_after.png"):
+        assert (folder / "adapter" / name).read_bytes() == (uninterrupted / "adapter" / name).read_bytes()
     results, expected = (json.loads((path / "results.json").read_text()) for path in (folder, uninterrupted))
     for key in ("before", "after", "change", "baselines"):
         assert results[key] == expected[key]
