@@ -40,8 +40,8 @@ def open_tracker(cfg: Config, folder: Path, first_step: int) -> Iterator[Callabl
         try:
             run = wandb.init(id=config["tracker_run"], resume="allow", dir=folder, config=config, **names)
         except wandb.Error as error:
-            problem = str(error).strip().partition("\n")[0]
-            raise UserError(f"wandb cannot start ({problem}): log in, or set WANDB_MODE=offline.") from None
+            problem = f"--report-to wandb cannot start ({str(error).strip().splitlines()[0]})"
+            raise UserError(f"{problem}: run wandb login, or set WANDB_MODE=offline.") from None
         with run:
             yield partial(report_to_wandb, run, folder)
     else:
