@@ -199,9 +199,12 @@ def count_training(kind: str, temperature: float, log_entropy: bool) -> tuple[Co
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_temperature_1_and_no_entropy_call_no_operator_and_others_few(kind):
-    """A division per token; four operators per chunk of logits, and three for the mean of all chunks."""
+    """A division per token, and four in the passes; the entropy is seven operators for one chunk of logits."""
     plain, hot, entropy = (count_training(kind, *args) for args in ((1.0, False), (0.7, False), (1.0, True)))
     assert tuple(counts.total() for counts in plain) == NUM_OPERATORS[kind]
     assert hot[0] - plain[0] == Counter({"div": 8}) and not plain[0] - hot[0]
     assert entropy[0] == plain[0] and not plain[1] - entropy[1]
-    print(entropy[1] - plain[1], hot[1] - plain[1])
+    assert hot[1] - plain[1] == Counter({"div": 4}), "reference, policy, its logits again, and backward"
+    of_a_chunk = ("detach", "_softmax", "special_entr", "sum")
+    of_the_mean = ("cat", "mean", "_local_scalar_dense")
+    assert entropy[1] - plain[1] == Counter((*of_a_chunk, *of_the_mean))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import locus_mini
-from files.errors import UserError
 from training import run_folder
 from training.settings import read_flags
 
