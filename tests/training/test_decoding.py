@@ -199,7 +199,7 @@ def count_training(kind: str, temperature: float, log_entropy: bool) -> tuple[Co
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_temperature_1_and_no_entropy_call_no_operator_and_others_few(kind):
-    """A division per token, and four in the passes; the entropy is seven operators for one chunk of logits."""
+    """A division per token, and four in the passes; the entropy is seven for one chunk of logits."""
     plain, hot, entropy = (count_training(kind, *args) for args in ((1.0, False), (0.7, False), (1.0, True)))
     assert tuple(counts.total() for counts in plain) == NUM_OPERATORS[kind]
     assert hot[0] - plain[0] == Counter({"div": 8}) and not plain[0] - hot[0]

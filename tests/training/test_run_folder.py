@@ -424,7 +424,7 @@ def test_twenty_steps_of_equal_rewards_warn_with_the_likely_causes():
 
 
 def test_an_entropy_that_collapses_warns_once():
-    """Below a tenth of the first five steps' mean, over five steps: one sharp step is none, and 0 is no value."""
+    """The last five steps are below a tenth of the first five. Single steps do not count, nor do zeros."""
 
     def history(*entropies: float) -> list[dict]:
         return [FINE | {"entropy": entropy} for entropy in entropies]
