@@ -1,6 +1,9 @@
 """The packed pass, the rollout and the plain model assign the same log-probabilities to a completion."""
 
 import copy
+import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +24,11 @@ from policy import (
 )
 from prompts import EncodedPrompt
 from training.checks import self_check
+from training.decoding import decoder
 
 
-def plain_logps(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [T] of one completion, by transformers' own forward pass on a single row."""
+def plain_distribution(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [T, V] along one completion, by transformers' own forward pass on a single row."""
     input_ids = torch.cat([prompt.input_ids, tokens])[None]
     token_types = torch.cat([prompt.mm_token_type_ids, torch.zeros_like(tokens)])[None]
     logits = policy.base_model(
@@ -34,8 +38,12 @@ def plain_logps(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor) -> 
         pixel_values=torch.cat([image.pixel_values for image in prompt.images]),
         image_grid_thw=torch.stack([image.grid_thw for image in prompt.images]),
     ).logits[0, len(prompt.input_ids) - 1 : -1]  # [T, V]
-    logps = (logits.float() + policy.logit_bias).log_softmax(-1)
-    return logps.gather(-1, tokens[:, None])[:, 0]
+    return ((logits.float() + policy.logit_bias) / policy.temperature).log_softmax(-1)
+
+
+def plain_logps(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [T] of the tokens of one completion."""
+    return plain_distribution(policy, prompt, tokens).gather(-1, tokens[:, None])[:, 0]
 
 
 def sampled(policy: Policy, count: int = 3, group: int = 4, seed: int = 0):
@@ -332,3 +340,63 @@ def test_self_check_passes_on_a_fresh_adapter():
     measured = self_check(add_lora(policy, 4), prompts(policy, 2), 4, 12, seed=0)
     assert measured["rollout_gap"] < 1e-4 and measured["packing_gap"] < 1e-4
     assert measured["reference_gap"] == 0 and measured["perfect_iou"] > 0.99
+
+
+# ---------------------------------------------------------------- temperature and entropy
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_temperature_divides_the_logits_of_sampling_and_scoring_alike(policy, temperature):
+    """In the plain rollout, the fused one and the packed pass, and in that of the reference."""
+    policy.temperature = temperature
+    with_pixels, batch, plain = sampled(policy)
+    fused = rollout(policy, batch, 4, 16, torch.Generator().manual_seed(0), decoder(policy, 4, 16))
+    for rollouts in (plain, fused):
+        assert torch.allclose(
+            token_logps(policy, batch, rollouts.tokens, rollouts.mask), rollouts.logps, atol=1e-5
+        )
+    tokens = plain.tokens[0, 0][plain.mask[0, 0]]
+    for context in (nullcontext(), policy.reference()):
+        with context:
+            expected = plain_logps(policy, with_pixels[0], tokens)
+            packed = token_logps(policy, batch, plain.tokens, plain.mask)[0, 0][plain.mask[0, 0]]
+        assert torch.allclose(packed, expected, atol=1e-5)
+
+
+def test_a_lower_temperature_samples_likelier_tokens(policy):
+    """At 0.05 nearly the greedy ones, at 20 nearly any; scored at temperature 1."""
+    policy.stop_ids = torch.tensor([-1])
+    batch, means = collate(policy, prompts(policy, 2)), []
+    for temperature in (0.05, 1.0, 20.0):
+        hot = replace(policy, temperature=temperature)
+        tokens = rollout(hot, batch, 8, 8, torch.Generator().manual_seed(0)).tokens
+        means.append(token_logps(policy, batch, tokens, torch.ones_like(tokens, dtype=torch.bool)).mean())
+    assert means[0] > means[1] + 0.5 and means[1] > means[2] + 0.5
+
+
+def test_greedy_decoding_has_no_temperature(policy):
+    batch = collate(policy, prompts(policy, 3))
+    expected = rollout(policy, batch, 1, 12)
+    greedy = rollout(replace(policy, temperature=7.0), batch, 1, 12)
+    assert torch.equal(greedy.tokens, expected.tokens) and torch.equal(greedy.logps, expected.logps)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_entropies_are_those_of_the_plain_model_and_have_no_gradient(policy, temperature, monkeypatch):
+    """−Σ p · log p over all tokens that may be sampled, in the same chunks as the log-probabilities."""
+    policy.temperature = temperature
+    with_pixels, batch, rollouts = sampled(policy, count=1, group=1)
+    monkeypatch.setattr(policy_module, "LOGIT_CHUNK_SIZE", 3 * len(policy.logit_bias))
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    entropies: list[torch.Tensor] = []
+    logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask, entropies)
+    plain = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
+    assert torch.equal(logps, plain)
+    for gradient, expected in zip(*(torch.autograd.grad(x.sum(), parameters) for x in (logps, plain))):
+        assert torch.equal(gradient, expected)
+    tokens = rollouts.tokens[0, 0][rollouts.mask[0, 0]]
+    distribution = plain_distribution(policy, with_pixels[0], tokens)  # [T, V], −inf for image tokens
+    expected = -(distribution.exp() * distribution).nansum(-1)  # [T]
+    assert len(entropies) == -(-len(tokens) // 3) and not any(entropy.requires_grad for entropy in entropies)
+    assert torch.allclose(torch.cat(entropies), expected, atol=1e-5)
+    assert (expected > 0.1).all() and (expected < math.log(len(policy.logit_bias))).all()

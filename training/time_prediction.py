@@ -16,6 +16,7 @@ from evaluation.heldout import build_heldout_set, evaluate
 from evaluation.reply_cache import default_batch_size
 from policy import Policy
 from prompts import Family
+from training.evaluator import NUM_CUES, NUM_QUESTIONS
 from training.experiment import open_run_cues
 from training.settings import Config
 
@@ -100,6 +101,8 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
     learning = cfg.updates * ceil(cfg.prompts / cfg.updates / rows) * passes * forward(rows, columns, columns)
     # Before and after; of scenes six replies a cue (heldout.evaluate), and two for the baselines.
     replies = cfg.eval_cues * (2 * 6 + 2 if cfg.data == "scenes" else 2)
+    if cfg.eval_every:  # and while training
+        replies += cfg.steps // cfg.eval_every * (NUM_CUES + NUM_QUESTIONS * (cfg.data == "scenes"))
     batch = default_batch_size(SimpleNamespace(device=torch.device("cuda")))
     evaluation = ceil(replies / batch) * generate(batch, 1)
     return cfg.steps * (sampling + learning) / 3600, evaluation / 3600
@@ -120,7 +123,8 @@ def measure_hours(policy: Policy, cfg: Config, train_step: Callable, task: objec
     """Hours of a run as one line, from two steps and the evaluation of one batch, on the run's own cues.
 
     Completions end by themselves. The first step warms up; the second counts. Its images are prepared within
-    it, not in a thread during the step before, so the hours are a little high.
+    it, not in a thread during the step before, so the hours are a little high. Those of --eval-every are not
+    part of them.
     """
     cues, heldout_cues, _ = open_run_cues(cfg)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)

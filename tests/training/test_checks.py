@@ -167,7 +167,9 @@ def test_an_image_that_is_not_finite_leaves_the_others_to_be_checked(monkeypatch
     make_infinite(policy, encoded_prompts[1])
     assert self_check(policy, encoded_prompts, 4, 12, seed=0)["rollout_gap"] < 1e-4
     original = policy_module.target_logps
-    monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
+    monkeypatch.setattr(
+        policy_module, "target_logps", lambda policy, h, *rest: original(policy, 3 * h, *rest)
+    )
     with pytest.raises(UserError, match="disagree"):
         self_check(policy, encoded_prompts, 4, 12, seed=0)
 
@@ -242,7 +244,9 @@ def test_trained_weights_and_completions_that_see_each_other(trained, monkeypatc
 
 def test_trained_weights_and_another_lm_head_in_scoring(trained, monkeypatch):
     original = policy_module.target_logps
-    monkeypatch.setattr(policy_module, "target_logps", lambda policy, h, ids: original(policy, 3 * h, ids))
+    monkeypatch.setattr(
+        policy_module, "target_logps", lambda policy, h, *rest: original(policy, 3 * h, *rest)
+    )
     with pytest.raises(UserError, match="disagree"):
         check_trained(*trained)
 

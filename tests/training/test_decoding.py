@@ -1,13 +1,15 @@
 """The fused decoder samples what the plain rollout does, and each of its shortcuts changes only rounding."""
 
+from collections import Counter
+
 import pytest
 import torch
-from count_dispatches import LIMIT, build_policy, count_step, launches
+from count_dispatches import LIMIT, OperatorCounter, build_policy, count_step, launches
 from peft.tuners.lora import LoraLayer
 from random_models import KINDS, prompts, random_policy, with_adapter
 
 from data import CueConfig, encode_cue, open_cues
-from locus_mini import sample_batch, sample_completions
+from locus_mini import optimizer_step, sample_batch, sample_completions
 from models import load_policy
 from policy import Policy, Rollout, collate, rollout, run_text, token_logps
 from prompts import EncodedPrompt
@@ -173,3 +175,36 @@ def test_a_decoding_step_calls_few_operators(tmp_path):
     """Of a 3B model with 36 layers in 4 bit: counted on one and two layers, which add up."""
     counts = [launches(count_step(build_policy(tmp_path / f"{n}", n), True)) for n in (1, 2)]
     assert counts[0] + 35 * (counts[1] - counts[0]) <= LIMIT
+
+
+# Of a rollout and an optimizer step, counted before temperature and log_entropy were settings (torch 2.13.0).
+NUM_OPERATORS = {"qwen2_5_vl": (1762, 1707), "qwen3_vl": (1974, 1849)}
+
+
+def count_training(kind: str, temperature: float, log_entropy: bool) -> tuple[Counter, Counter]:
+    """The operators of a rollout of 8 tokens and of an optimizer step on it, on random weights."""
+    policy = with_adapter(random_policy(kind))
+    policy.temperature, policy.stop_ids = temperature, torch.tensor([-1])
+    flags = {"prompts": 2, "num_generations": 3, "max_new_tokens": 8, "log_entropy": log_entropy}
+    cfg, _ = resolve(flags, policy.processor.family)
+    torch.manual_seed(0)
+    batch, advantages = collate(policy, prompts(policy, 2)), torch.tensor([[1.0, -1.0, 0.0]] * 2)
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], foreach=False)
+    with OperatorCounter() as sampling:
+        rollouts = rollout(policy, batch, 3, 8, torch.Generator().manual_seed(0), decoder(policy, 3, 8))
+    with OperatorCounter() as training:
+        optimizer_step(policy, optimizer, [(batch, rollouts, advantages, None)], cfg)
+    return sampling.counts, training.counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_temperature_1_and_no_entropy_call_no_operator_and_others_few(kind):
+    """A division per token, and four in the passes; the entropy is seven for one chunk of logits."""
+    plain, hot, entropy = (count_training(kind, *args) for args in ((1.0, False), (0.7, False), (1.0, True)))
+    assert tuple(counts.total() for counts in plain) == NUM_OPERATORS[kind]
+    assert hot[0] - plain[0] == Counter({"div": 8}) and not plain[0] - hot[0]
+    assert entropy[0] == plain[0] and not plain[1] - entropy[1]
+    assert hot[1] - plain[1] == Counter({"div": 4}), "reference, policy, its logits again, and backward"
+    of_a_chunk = ("detach", "_softmax", "special_entr", "sum")
+    of_the_mean = ("cat", "mean", "_local_scalar_dense")
+    assert entropy[1] - plain[1] == Counter((*of_a_chunk, *of_the_mean))

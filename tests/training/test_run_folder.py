@@ -423,6 +423,25 @@ def test_twenty_steps_of_equal_rewards_warn_with_the_likely_causes():
     assert all(word in warning for word in ("--box-frame", "format", "--max-new-tokens"))
 
 
+def test_an_entropy_that_collapses_warns_once():
+    """The last five steps are below a tenth of the first five. Single steps do not count, nor do zeros."""
+
+    def history(*entropies: float) -> list[dict]:
+        return [FINE | {"entropy": entropy} for entropy in entropies]
+
+    start = [0.5, 0.3, 0.4, 0.4, 0.4]
+    collapsed = [start + [0.4] + [0.03] * n for n in range(9)]
+    counts = [len(checks.step_warnings(history(*entropies), 1.0)) for entropies in collapsed]
+    assert counts == [0, 0, 0, 0, 0, 1, 0, 0, 0], "in the first step only whose last five are below a tenth"
+    (warning,) = checks.step_warnings(history(*collapsed[5]), 1.0)
+    assert "entropy" in warning and "--lr" in warning and "--beta" in warning
+    assert checks.step_warnings(history(*start, *[0.05] * 9), 1.0) == [], "an eighth is no collapse"
+    assert checks.step_warnings(history(*[0.0] * 20), 1.0) == []
+    assert checks.step_warnings(history(*start, *[0.0] * 9), 1.0) == [], (
+        "steps without a pass have no entropy"
+    )
+
+
 # ---------------------------------------------------------------- trust
 
 

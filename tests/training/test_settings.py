@@ -24,6 +24,7 @@ REFUSED = {
     "kl_limit": (float("nan"), -1.0),
     "clip_low": (-0.1, float("nan")),
     "importance_sampling_cap": (-1.0, float("nan")),
+    "temperature": (0.0, -1.0, float("nan")),
     "dual_clip": (0.5, float("nan")),
     "seed": (-1, 2**70),
     "steps": (-1,),
@@ -38,6 +39,7 @@ REFUSED = {
     "lora_rank": (0,),
     "save_every": (0,),
     "eval_cues": (0,),
+    "eval_every": (-1,),
     "show_every": (-1,),
 }
 
