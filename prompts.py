@@ -81,6 +81,8 @@ class Family:
     max_new_tokens: int
     micro_batch: int  # prompts in one forward and backward pass
     gradient_checkpointing: bool  # of the text layers
+    steps: int = 300
+    beta: float = 0.04
     cue_text: str = ""  # the prompt of --cue-prompt, in place of the template's "cue" and "think"
     opening: str = ""  # what the chat template has already written of the completion ("<think>")
     lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # never the vision tower's MLP
@@ -91,7 +93,9 @@ class Family:
 QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
 QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
-    "tiny": Family("relative1000", "short", (64**2, 256**2), (64**2, 64**2), 7e-4, 8, 40, 8, False),
+    "tiny": Family(
+        "relative1000", "short", (64**2, 256**2), (64**2, 64**2), 1e-3, 8, 40, 8, False, 200, 0.08
+    ),
     "qwen2_5_vl": QWEN2_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_thinking": replace(QWEN3, max_new_tokens=1024),  # its chat template opens with <think>
