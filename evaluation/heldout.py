@@ -63,8 +63,11 @@ def encode_find(processor: Processor, text: str, image: ProcessedImage) -> Encod
     return encode(processor, prompt_text(processor.family, "text", text=text), image)
 
 
-def build_heldout_set(policy: Policy, cues: Cues, n: int) -> HeldOutSet:
-    """n held-out cues; of scenes also n prompts to find by text and n / 3 questions of each kind and size."""
+def build_heldout_set(policy: Policy, cues: Cues, n: int, num_questions: int | None = None) -> HeldOutSet:
+    """n held-out cues; of scenes also n prompts to find by text, and questions.
+
+    num_questions: of each kind and size (default: n / 3).
+    """
     processor = policy.processor
     if cues[0].scene is None:
         photo_cues = LazyList(cues.__getitem__, range(n))  # cue i is the same at each access
@@ -78,7 +81,8 @@ def build_heldout_set(policy: Policy, cues: Cues, n: int) -> HeldOutSet:
         held.find_prompts.append(encode_find(processor, text, held.cue_prompts[-1].images[0]))
         # In fixed batches, whatever runs first: in other batches the last digits of features would differ.
         compute_image_features(policy, held.cue_prompts[-1:])
-    missing = {(kind, size): -(-n // 3) for kind in scenes.KINDS for size in scenes.SIDES}
+    num_questions = num_questions or -(-n // 3)
+    missing = {(kind, size): num_questions for kind in scenes.KINDS for size in scenes.SIDES}
     for index in takewhile(lambda _: any(missing.values()), count()):
         # Scenes of their own, as crowded as those of the cues: drawn ten times as fast as cues.
         rng = random.Random(f"{cues.split}/{cues.seed}/questions/{index}")

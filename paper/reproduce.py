@@ -83,7 +83,9 @@ class Row:
     model: str  # folder of the base
     variant: str
     flags: dict[str, Any]  # of locus_mini.py; 0 steps: the base itself
-    measured: dict[str, int]  # held_out (seed of the scenes), n (see build_heldout_set), twins (pairs)
+    measured: dict[
+        str, int
+    ]  # held_out (seed of the scenes), n (cues, and questions of each kind and size), twins
     folder: Path  # of the training run
     out: Path  # the file of its answers
     protocol: str = ""  # hash of the protocol, if it is of one
@@ -92,7 +94,7 @@ class Row:
 @lru_cache(maxsize=1)  # a process measures the rows on one base after the other
 def heldout_scenes(model: str, seed: int, n: int) -> HeldOutSet:
     """The same prompts for every row on a base."""
-    return build_heldout_set(load_policy(model), scene_cues(CueConfig(), "heldout", seed), n)
+    return build_heldout_set(load_policy(model), scene_cues(CueConfig(), "heldout", seed), n, n)
 
 
 def run_row(row: Row) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def open_protocol(models: dict[str, str], quick: bool) -> tuple[dict[str, Any], 
         out = RUNS / "quick"
         out.mkdir(parents=True, exist_ok=True)
         protocol |= {"bases": hashes, "seeds": protocol["seeds"][:1], "steps": 4}
-        protocol["measured"] |= {"n": 18, "twins": 12}
+        protocol["measured"] |= {"n": 6, "twins": 12}
         write_json(out / "protocol.json", protocol)
     for base, wanted in protocol["bases"].items():
         if hashes.get(base) != wanted:

@@ -81,7 +81,7 @@ def test_a_row_keeps_every_answer_and_is_not_run_again(base, tmp_path, monkeypat
     content = reproduce.run_row(row)
     samples = content["samples"]
     for kind in KINDS:
-        assert [len(samples[f"questions_{kind}_{size}"]) for size in SIDES] == [2, 2, 2]
+        assert [len(samples[f"questions_{kind}_{size}"]) for size in SIDES] == [6, 6, 6]
     assert len(samples["cue_tiny"]) + len(samples["cue_small"]) == 6
     assert len(samples["twins_swap_tiny"]) + len(samples.get("twins_swap_small", [])) == 6
     assert not [name for name in samples if name.startswith("suppressed")], "of the base alone"
@@ -98,7 +98,7 @@ def test_the_base_is_a_row_of_no_steps_with_its_evidence_alone(base, tmp_path):
     assert content["kl"]["all"] == 0 and content["curve"] == []
     for kind in KINDS:
         for size in SIDES:
-            assert len(content["samples"][f"suppressed_{kind}_{size}"]) == 2
+            assert len(content["samples"][f"suppressed_{kind}_{size}"]) == 6
 
 
 def test_every_row_of_the_protocol_can_be_trained():
