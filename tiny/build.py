@@ -381,7 +381,7 @@ def main() -> None:
     with exit_on_error():
         if args.steps_per_stage is not None and args.steps_per_stage < 1:
             raise UserError(f"--steps-per-stage {args.steps_per_stage} is no training: give 1 or more.")
-        if (checkout := Path(__file__).resolve().parents[1]) in args.out.resolve().parents:
+        if args.out.resolve().is_relative_to(checkout := Path(__file__).resolve().parents[1]):
             raise UserError(f"--out {args.out} is inside {checkout}, as its state would be: give another.")
         run_build(Build(args.out, args.seed, args.steps_per_stage), args.out)
 

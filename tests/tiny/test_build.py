@@ -277,6 +277,7 @@ def test_other_settings_are_refused_on_resume(seed, steps, finished, monkeypatch
     ("flags", "problem"),
     [
         (["--out", str(ROOT / "tiny" / "other")], "is inside"),
+        (["--out", str(ROOT)], "is inside"),
         (["--out", "X", "--steps-per-stage", "0"], "--steps-per-stage 0"),
         (["--out", "X", "--steps-per-stage", "-3"], "--steps-per-stage -3"),
     ],
