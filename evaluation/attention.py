@@ -49,10 +49,13 @@ def before_answer(processor: Processor, reply: str) -> tuple[str, str]:
     "<think>top left</think><answer>[12, 34, …]" gives ("<think>top left</think><answer>[", "1").
     """
     reply = reply.removeprefix(processor.family.opening)  # the prompt ends with it already
-    _, tag, answer = reply.partition("<answer>")
-    answer = (answer if tag else reply).lstrip().removeprefix("[")
+    before, tag, after = reply.partition("<answer>")
+    start, answer = (before + tag, after) if tag else ("", reply)
+    # Tokens are skipped, not characters: most words begin with their space, and are other tokens without it.
     token_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return reply[: len(reply) - len(answer)], processor.tokenizer.decode(token_ids[:1]).strip()
+    tokens = [processor.tokenizer.decode(token_id) for token_id in token_ids]
+    num_skipped = next((i for i, text in enumerate(tokens) if text.strip() not in ("", "[")), len(tokens))
+    return start + "".join(tokens[:num_skipped]), "".join(tokens[num_skipped:][:1]).strip()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from evaluation.attention import (
 )
 from evaluation.heldout import HeldOutSet, add_questions, question_names
 from evaluation.scores import Scores
+from models import load_policy
 from policy import collate, group_mask
 from prompts import BoxFrame
 from tiny import scenes
@@ -90,7 +91,7 @@ def test_attention_is_switched_back_when_the_model_fails(policy, monkeypatch):
     ("reply", "prefix", "token"),
     [
         ("<think> red</think><answer>blue</answer>", "<think> red</think><answer>", "b"),
-        ("<think> red</think><answer> blue</answer>", "<think> red</think><answer> ", "b"),
+        ("<think> red</think><answer> blue</answer>", "<think> red</think><answer>", "b"),
         ("<think> red</think><answer>[12, 34, 56, 78]</answer>", "<think> red</think><answer>[", "1"),
         ("[12, 34, 56, 78]", "[", "1"),
         ("blue, as the star is", "", "b"),
@@ -104,7 +105,19 @@ def test_the_part_of_a_reply_before_its_answer(policy, reply, prefix, token, ope
     got_prefix, got_token = before_answer(policy.processor, opening + reply)
     assert got_prefix == prefix and got_token.startswith(token) and bool(got_token) == bool(token)
     rest = (opening + reply).removeprefix(opening + prefix)
-    assert rest.startswith(got_token), "the token is the first one of the rest"
+    assert rest.lstrip().startswith(got_token), "the token is the first one of the rest"
+
+
+@pytest.mark.parametrize("answer", [" purple", " top left", "[12, 34, 56, 78]", "red"])
+def test_the_prefix_of_an_answer_ends_where_its_own_tokens_begin(answer):
+    """A prefix that took the space of " purple" would be followed by other tokens than the model's own."""
+    processor = load_policy("tiny").processor
+    reply = f"<think> red star</think><answer>{answer}</answer>"
+    prefix, token = before_answer(processor, reply)
+    ids, prefix_ids = (processor.tokenizer(text)["input_ids"] for text in (reply, prefix))
+    assert prefix_ids == ids[: len(prefix_ids)]
+    assert processor.tokenizer.decode(ids[len(prefix_ids)]).strip() == token
+    assert token in ("purple", "top", "1", "red", "r", "re")
 
 
 def test_cells_that_touch_a_box_count():
