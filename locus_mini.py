@@ -43,9 +43,11 @@ from reward import Reward, reward
 from training import checks, pictures, run_folder
 from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
+from training.evaluator import no_scores
 from training.experiment import open_experiment, run_experiment
 from training.memory import phase, step_metrics
 from training.metrics import completion_metrics
+from training.trackers import open_tracker
 
 FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
 LOSS_SCALE_INTERVAL = 100  # optimizer steps without a skipped one, after which it doubles
@@ -230,6 +232,7 @@ def optimizer_step(
     # Tokens without a pass count as a difference of 0 and a ratio of 1.
     difference, ratio = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
     metric_sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, difference: 0.0, ratio: 1.0}
+    entropies: list[Tensor] | None = [] if cfg.log_entropy else None  # of the tokens that have a pass
     finite = all(rollouts.finite.all() for _, rollouts, _, _ in micro_batches)
     param_group, is_float16 = optimizer.param_groups[0], policy.base_model.dtype == torch.float16
     loss_scale = param_group.setdefault("loss_scale", FP16_LOSS_SCALE) if is_float16 else 1.0
@@ -244,7 +247,7 @@ def optimizer_step(
             with torch.no_grad(), policy.reference():
                 ref_logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
         # Policy: the only pass with gradients.
-        logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)  # [B, G, T]
+        logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask, entropies)  # [B, G, T]
         # Detached, the ratio is exactly 1 here, but its gradient is that of the log-probability.
         old_logps = logps.detach() if old_logps is None else old_logps
         loss_weights = token_weights(rollouts.mask, cfg.loss, num_tokens, num_completions, cfg.max_new_tokens)
@@ -262,6 +265,8 @@ def optimizer_step(
     # Without a backward pass, the scale has neither failed nor held.
     if is_float16 and any(p.grad is not None for p in param_group["params"]):
         update_loss_scale(param_group, applied)
+    if entropies is not None:  # None without a pass, which `mean` leaves out
+        metric_sums["entropy"] = torch.cat(entropies).mean().item() if entropies else None
     return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 
 
@@ -354,14 +359,20 @@ def train_step(
 # ---------------------------------------------------------------- the training loop and the command line
 
 
-def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS) -> None:
-    """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl."""
+def train(
+    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS, evaluate=no_scores
+) -> None:
+    """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl.
+
+    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (training/evaluator.py).
+    """
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first_step = run_folder.load_checkpoint(folder, policy.model, optimizer, state)
-    log, metrics_history = run_folder.open_metrics(folder, first_step)
+    log, metrics_history = run_folder.open_lines(folder / "metrics.jsonl", range(first_step))
     progress_bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO")
-    with log, progress_bar, run_folder.Interruption() as interruption, ThreadPoolExecutor(1) as executor:
+    interruption, tracker = run_folder.Interruption(), open_tracker(cfg, folder, first_step)
+    with log, progress_bar, tracker as report, interruption, ThreadPoolExecutor(1) as executor:
         # A thread reads and processes the next step's images while this step keeps the GPU busy.
         prepare = partial(executor.submit, sample_batch, policy.processor, cues, cfg=cfg, encode=task.encode)
         next_batch = prepare(step=first_step) if first_step < cfg.steps else None
@@ -370,16 +381,18 @@ def train(policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, ta
             batch = next_batch.result()
             next_batch = prepare(step=step + 1) if step + 1 < cfg.steps else None
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
-            metrics_history.append(metrics)
+            metrics_history.append(metrics | evaluate(step))
             run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
+            report(metrics_history[-1])
+            is_best = run_folder.has_best_score(metrics_history)
             diverged = checks.diverged(metrics_history, policy, cfg.lr)
             if step + 1 == cfg.steps:
                 pictures.draw_group(group, folder / "group.png")
-            elif not (interruption.requested or diverged or (step + 1) % cfg.save_every == 0):
+            elif not (interruption.requested or diverged or is_best or (step + 1) % cfg.save_every == 0):
                 continue
             # Metrics before the checkpoint: resuming needs a line for each of its steps.
             run_folder.sync(folder / "metrics.jsonl")
-            run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state)
+            run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state, is_best)
             if diverged:
                 raise UserError(diverged)
             if interruption.requested:

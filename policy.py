@@ -14,7 +14,7 @@ in attention Q queries, L columns, A heads, K heads of keys, D head size.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Policy:
     device: torch.device
     logit_bias: Tensor  # [V]: −inf for image and video tokens, which have no features in a completion; else 0
     stop_ids: Tensor  # tokens that end a completion
+    temperature: float = 1.0  # divides the logits of sampling and scoring alike, also those of the reference
 
     @property
     def base_model(self) -> nn.Module:
@@ -49,6 +50,12 @@ class Policy:
     def reference(self) -> AbstractContextManager:
         """Inside this context the policy is the reference model: its adapter is switched off."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token over the temperature, from hidden states; [..., H] to [..., V]."""
+        # In float32: a 16-bit softmax would round away most of the vocabulary.
+        logits = self.base_model.lm_head(hidden).float() + self.logit_bias
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
 
 @dataclass
@@ -188,13 +195,15 @@ class Rollout:
 def rollout(
     policy: Policy, batch: Batch, num_generations: int, max_new_tokens: int, generator=None, decode=run_text
 ) -> Rollout:
-    """G completions of each prompt at temperature 1 and top-p 1; without a generator, greedy decoding.
+    """G completions of each prompt at the policy's temperature and top-p 1; without a generator, greedy ones.
 
     The prompts are read once. Then every step feeds the newest tokens of all G completions together, so the
     cache holds P + G·T columns per prompt: column P + t·G + g is token t of completion g (from 0).
     decode: `run_text`, or what computes the same in fewer calls (training/decoding.py).
     """
     G, segment_ids = num_generations, batch.segment_ids
+    if generator is None:  # greedy decoding has no temperature
+        policy = replace(policy, temperature=1.0)
     # Read the prompts once, and keep their keys and values.
     cache = hf.DynamicCache()
     hidden = decode(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
@@ -204,8 +213,7 @@ def rollout(
     completion_numbers = torch.arange(1, G + 1, device=policy.device)  # [G]
     steps = []
     for t in range(max_new_tokens):
-        # In float32: a 16-bit softmax would round away most of the vocabulary.
-        logps = (policy.base_model.lm_head(hidden).float() + policy.logit_bias).log_softmax(-1)  # [B, G, V]
+        logps = policy.logits(hidden).log_softmax(-1)  # [B, G, V]
         if generator is None:
             next_tokens = logps.argmax(-1)  # [B, G]
         else:
@@ -238,11 +246,14 @@ def decode_completions(policy: Policy, rollouts: Rollout) -> list[list[str]]:
 # ---------------------------------------------------------------- scoring a group in one pass
 
 
-def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> Tensor:
+def token_logps(
+    policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor, entropies: list[Tensor] | None = None
+) -> Tensor:
     """log π(token | the tokens before it) of G completions per prompt, [B, G, T], 0 outside the mask.
 
     One packed pass: a row is the prompt, then the completions' tokens in sampling order (token t of every
     completion before token t + 1), without the columns of finished ones: P + Σ T_g columns, not G · (P + T).
+    entropies: a list to which the entropies of the tokens' distributions are added, if there is one.
 
     >>> from data import CueConfig, encode_cue, scene_cues
     >>> from models import load_policy
@@ -277,19 +288,31 @@ def token_logps(policy: Policy, batch: Batch, tokens: Tensor, mask: Tensor) -> T
     hidden = run_text(policy, input_ids, segment_ids, position_ids, batch.prompts)  # [B, P + K, H]
     source_index = predicted_at.gather(1, order)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, K, H]
     hidden = hidden.gather(1, source_index)[is_valid]  # [N, H], N valid tokens
-    logps = target_logps(policy, hidden, target_ids[is_valid])  # [N]
+    logps = target_logps(policy, hidden, target_ids[is_valid], entropies)  # [N]
     # Back from the packed order to [B, G, T].
     return torch.zeros(B, T * G, device=device).masked_scatter(mask, logps).view(B, T, G).transpose(1, 2)
 
 
-def target_logps(policy: Policy, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    """float32 log softmax of the target tokens [N] from hidden states [N, H], a chunk at a time."""
+def target_logps(
+    policy: Policy, hidden: Tensor, target_ids: Tensor, entropies: list[Tensor] | None = None
+) -> Tensor:
+    """float32 log softmax of the target tokens [N] from hidden states [N, H], a chunk of n at a time.
 
-    def chunk_logps(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
-        logits = policy.base_model.lm_head(hidden_chunk).float() + policy.logit_bias  # [n, V]
-        return logits.gather(-1, target_chunk[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
+    entropies: a list to which −Σ p · log p over the vocabulary is added, in nats, [n] for each chunk.
+    """
+
+    def score_chunk(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = policy.logits(hidden_chunk)  # [n, V]
+        logps = logits.gather(-1, target_chunk[:, None])[:, 0] - logits.logsumexp(-1)  # [n]
+        if entropies is None:
+            return logps, None
+        # entr(p) = −p · log p is 0 at p = 0, where the product would be NaN. For the log: no gradient.
+        return logps, torch.special.entr(logits.detach().softmax(-1)).sum(-1)  # [n] each
 
     chunk_size = max(1, LOGIT_CHUNK_SIZE // len(policy.logit_bias))
     chunks = zip(hidden.split(chunk_size), target_ids.split(chunk_size), strict=True)
     # Checkpointed: autograd would keep the logits of every chunk for the backward pass.
-    return torch.cat([checkpoint(chunk_logps, h, ids, use_reentrant=False) for h, ids in chunks])
+    scored = [checkpoint(score_chunk, h, ids, use_reentrant=False) for h, ids in chunks]
+    if entropies is not None:
+        entropies += [entropy for _, entropy in scored]
+    return torch.cat([logps for logps, _ in scored])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.heldout import HeldOutSet
-from evaluation.scores import Scores, paired
+from evaluation.scores import Scores, mean, paired
 from files.errors import UserError
 from policy import Batch, Policy, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, box_frame
@@ -130,11 +130,22 @@ def diverged(history: list[dict], policy: Policy, lr: float) -> str:
     return f"Five steps in a row were not finite: start again with --lr below {lr}."
 
 
+def entropy_collapsed(history: list[dict]) -> bool:
+    """Whether the mean entropy of the last five steps is below 10 % of that of the first five.
+
+    Learning the format and the boxes lowers it too, but to a half or a third of what it was. Steps without
+    --log-entropy, or without a training pass, have none and do not count.
+    """
+    entropies = [metrics["entropy"] for metrics in history if metrics.get("entropy")]
+    return len(entropies) >= 10 and mean(entropies[-5:]) < 0.1 * mean(entropies[:5])
+
+
 def step_warnings(history: list[dict], kl_limit: float) -> list[str]:
     """Warnings about the last step of a run, whose metrics are `history`.
 
-    Groups left out, cut completions and a high KL warn in the first of several such steps. Equal rewards in
-    every group, which teach nothing, warn after 20 such steps in a row, and after every 20 more.
+    Groups left out, cut completions, a high KL and a collapsed entropy warn in the first of several such
+    steps. Equal rewards in every group, which teach nothing, warn after 20 such steps in a row, and after
+    every 20 more.
     """
     last, previous, warnings = history[-1], history[-2] if len(history) > 1 else {}, []
     clipped, idle = "completions/clipped_ratio", "frac_reward_zero_std"
@@ -146,6 +157,9 @@ def step_warnings(history: list[dict], kl_limit: float) -> list[str]:
         warnings.append(f"{last[clipped]:.0%} of the completions were cut off: raise --max-new-tokens")
     if last["kl"] > kl_limit >= previous.get("kl", 0):
         warnings.append(f"KL {last['kl']:.2g} is above --kl-limit {kl_limit:g}: lower --lr or raise --beta")
+    if entropy_collapsed(history) and not entropy_collapsed(history[:-1]):
+        remedy = "completions hardly differ any more; lower --lr or raise --beta"
+        warnings.append(f"the entropy has fallen below a tenth of that at the start: {remedy}")
     num_idle = len(list(takewhile(lambda metrics: metrics[idle] >= 1, reversed(history))))
     if num_idle and num_idle % 20 == 0:
         causes = "the box frame (--box-frame), the format, and completions cut off (--max-new-tokens)"

@@ -18,6 +18,7 @@ from files.errors import exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
 from training import checks, pictures, run_folder, settings
+from training.evaluator import Evaluator
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
 
@@ -51,6 +52,7 @@ def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
     policy.processor.family = replace(family, image_pixels=image_range, crop_pixels=crop_range, cue_text=text)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
+    policy.temperature = cfg.temperature
     return add_lora(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
@@ -98,7 +100,8 @@ def run_experiment(experiment: Experiment, train: Callable, encode: Callable) ->
 def train_and_measure(experiment: Experiment, train: Callable, encode: Callable) -> None:
     """Checks the policy, evaluates it, trains it and evaluates it again; all results are in the run folder.
 
-    train: (policy, cues, cfg, folder, state) -> None; encode: (processor, cue, index, cfg) -> EncodedPrompt.
+    train: (policy, cues, cfg, folder, state, evaluate=) -> None, which calls evaluate(step) after each step;
+    encode: (processor, cue, index, cfg) -> EncodedPrompt.
     """
     policy, cfg, folder, state = experiment.policy, experiment.cfg, experiment.folder, experiment.state
     if (folder / "results.json").exists():
@@ -116,7 +119,8 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     checks.check_frame(policy, held, before)
     baselines = heldout.baselines(policy, held, longest, cache)
     # Train, and measure again.
-    train(policy, experiment.cues, cfg, folder, state)
+    evaluator = Evaluator(policy, experiment.heldout_cues, cfg, folder, before.boxes)
+    train(policy, experiment.cues, cfg, folder, state, evaluate=evaluator)
     run_folder.save_adapter(policy.model, folder / "adapter")
     after = heldout.evaluate(policy, held, longest, "after", cache)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")

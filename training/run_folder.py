@@ -4,6 +4,9 @@ inputs.json              size and date of each input file, before anything else
 config.json              every setting
 answers.jsonl            replies of the base model, later of the trained one, each as soon as it is generated
 metrics.jsonl            one line per step
+evaluations.jsonl        with --eval-every, one line per evaluation
+adapter-best             with --eval-every, the adapter of the highest eval/iou, the earlier of two equal ones
+tensorboard, wandb       with --report-to
 checkpoints/step-NNNNNN  adapter and optimizer after N steps; the last two are kept
 adapter, results.json, before_after.png, group.png: at the end
 """
@@ -22,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TextIO
+from uuid import uuid4
 
 import peft
 import torch
@@ -78,7 +82,8 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
     path, files_path = folder / "config.json", folder / "inputs.json"
     if stored is None:
         write_json(files_path, dict(files))
-        write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()})
+        tracker = {} if cfg.report_to == "none" else {"tracker_run": uuid4().hex[:8]}
+        write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
     old_path = files_path if files_path.exists() else None  # runs of older versions have none
     find_change = partial(first_change, new=dict(files))
@@ -183,9 +188,18 @@ def save_adapter(model: peft.PeftModel, folder: Path, optimizer: Any = None, sta
         raise UserError(f"{folder} cannot be written ({error!r:.99}): make room and use --resume.") from None
 
 
-def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: Any, state: dict) -> None:
-    """Saves adapter and optimizer after `step` steps of the run that `state` describes; keeps two."""
-    save_adapter(model, folder / "checkpoints" / f"step-{step:06}", optimizer, state | {"step": step})
+def save_checkpoint(
+    folder: Path, step: int, model: peft.PeftModel, optimizer: Any, state: dict, is_best: bool = False
+) -> None:
+    """Saves adapter and optimizer after `step` steps of the run that `state` describes; keeps two.
+
+    is_best: the adapter becomes adapter-best too, after the checkpoint, so that there is always a checkpoint
+    that knows it. If a kill comes between the two, `load_checkpoint` makes up for it.
+    """
+    state = state | {"step": step, "is_best": is_best}
+    save_adapter(model, folder / "checkpoints" / f"step-{step:06}", optimizer, state)
+    if is_best:
+        save_adapter(model, folder / "adapter-best")
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -217,29 +231,36 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
         raise UserError(f"{last} is damaged ({error!r:.99}): delete it to use the one before.") from None
     peft.set_peft_model_state_dict(model, weights)
     optimizer.load_state_dict(moments)
+    if saved.get("is_best"):
+        save_adapter(model, folder / "adapter-best")
     return saved["step"]
 
 
 # ---------------------------------------------------------------- metrics and signals
 
 
-def open_metrics(folder: Path, steps: int) -> tuple[TextIO, list[dict]]:
-    """metrics.jsonl, open to continue after `steps` steps, and the metrics of these steps.
+def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
+    """A file of one JSON object a step, open to continue after `steps`, and the objects of these steps.
 
     Later lines are cut off: their steps come after the last checkpoint, so they are repeated, and a kill can
     tear the last line.
     """
-    path = folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True)[: len(steps)] if path.exists() else []
     try:
         history = [json.loads(line) for line in lines]
-        if [metrics["step"] for metrics in history] != list(range(steps)):
+        if [metrics["step"] for metrics in history] != list(steps):
             raise ValueError
     except UNREADABLE:
-        raise UserError(f"{path} lacks some of the first {steps} steps: start a new run.") from None
+        raise UserError(f"{path} lacks some of the first {steps.stop} steps: start a new run.") from None
     log = path.open("a", buffering=1, encoding="utf-8")  # each line reaches the file at once
     log.truncate(sum(map(len, lines)))
     return log, history
+
+
+def has_best_score(history: list[dict]) -> bool:
+    """Whether the last step of a run has been evaluated, with a higher eval/iou than all steps before it."""
+    scores = [metrics.get("eval/iou", -1.0) for metrics in history]
+    return scores[-1] > max(scores[:-1], default=-1.0)
 
 
 def log_step(log: TextIO, bar: tqdm, history: list[dict], group: Any, cfg: Config) -> None:

@@ -14,6 +14,7 @@ MEMORY = ("rollout_batch", "micro_batch", "gradient_checkpointing")  # may chang
 LOSSES = ("token_mean", "grpo", "dr_grpo")
 SOURCES = ("object", "random", "large", "text")  # those of data.py, which takes seconds to import
 FRAMES = ("resized", "relative1000")  # those of prompts.py
+TRACKERS = ("none", "tensorboard", "wandb")  # --report-to: each but none is the name of its package
 
 
 def setting(default: Any, note: str, choices: tuple = (), low: float = 0, high: float = 10**9) -> Any:
@@ -58,6 +59,7 @@ class Config:
     clip_low: float = setting(0.2, "clip range of the ratio below 1; paper's framework")
     clip_high: float = setting(0.3, "clip range of the ratio above 1; paper's framework")
     importance_sampling_cap: float = setting(2.0, "cap of the ratio training / sampling, 0: off; ours")
+    temperature: float = setting(1.0, "divides the logits; paper", low=0.01, high=100)
     dual_clip: float = setting(3.0, "bound of the loss at negative advantages; paper's framework", low=1)
     alpha: float = setting(0.1, "weight of the format reward; paper", high=1)
     lora_rank: int = setting(16, "rank of the adapter; ours", low=1)
@@ -68,7 +70,10 @@ class Config:
     kl_limit: float = setting(1.0, "warn where a step's mean KL is higher, in nats per token; ours")
     save_every: int = setting(20, "steps between checkpoints; ours", low=1)
     eval_cues: int = setting(600, "held-out cues before and after; paper: 500", low=1)
+    eval_every: int = setting(0, "steps between evaluations while training, 0: none; ours")
     show_every: int = setting(30, "steps between completions on the screen, 0: none; ours")
+    log_entropy: bool = setting(False, "record the entropy of the policy, which costs a little time; ours")
+    report_to: str = setting("none", "where metrics go besides metrics.jsonl; ours", TRACKERS)
 
 
 PRESETS = {
@@ -144,6 +149,8 @@ def read_flags(description: str, arguments: list[str] | None = None) -> dict[str
         require_file(flag_of(name), flags.get(name), folder=name in ("images", "resume"))
     model_folder(flags.get("model", "tiny"))
     read_cue_prompt(flags.get("cue_prompt"))
+    if (tracker := flags.get("report_to", "none")) != "none" and not importlib.util.find_spec(tracker):
+        raise UserError(f"--report-to {tracker} needs its package: run python -m pip install {tracker}.")
     if (data := flags.get("data", "scenes")) not in ("scenes", "coco") and not Path(data).is_dir():
         raise UserError(f"--data {data} does not exist: give scenes, coco or a folder of images.")
     return flags
