@@ -47,7 +47,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def shorten(text: str, limit: int) -> str:
-    """The beginning of a text whose JSON has at most `limit` bytes, with "…" where it was cut.
+    """The beginning of a text whose JSON has at most `limit` bytes (16 or more), with "…" where it was cut.
 
     >>> shorten("left of the red star", 15)
     'left of …'
