@@ -50,7 +50,7 @@ def shorten(text: str, limit: int) -> str:
     """The beginning of a text whose JSON has at most `limit` bytes (16 or more), with "…" where it was cut.
 
     >>> shorten("left of the red star", 15)
-    'left of …'
+    'left of…'
     """
     while len(json.dumps(text)) > limit:
         text = f"{text[: len(text) * 3 // 4 - 1]}…"

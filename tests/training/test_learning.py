@@ -141,7 +141,7 @@ def test_a_run_keeps_at_most_a_hundred_groups_evenly_spread(steps, show_every, e
 
 
 def test_a_text_that_fits_is_not_cut():
-    assert shorten("l" * 18, 20) == "l" * 18 and shorten("l" * 19, 20) == "l" * 12 + "…"
+    assert shorten("l" * 18, 20) == "l" * 18 and shorten("l" * 19, 20) == "l" * 9 + "…"
 
 
 def evaluations(num_evaluations: int, rng: random.Random) -> list[dict]:
