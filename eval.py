@@ -5,6 +5,7 @@
     python eval.py vstar --data FOLDER --model … --adapter …         a published benchmark (evaluation/)
     python eval.py table --data FILE.tsv --model …                   your own multiple-choice questions
     python eval.py ask IMAGE QUESTION [--adapter …]                  both answers, and where each model looks
+    python eval.py report runs/NAME                                  report.html: a page about a run
 
 What differs from a typical evaluation script:
 - Base and adapted model answer the same prompts in one load: the adapter is off, then on. So every change is
@@ -30,9 +31,9 @@ def read_flags() -> argparse.Namespace:
     """What the command line asks for; UserError for a value or a combination that makes no sense."""
     from evaluation.benchmarks import BENCHMARKS
 
-    parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", *BENCHMARKS)
+    parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", "report", *BENCHMARKS)
     parser.add_argument("task", choices=task_names, metavar="TASK", help=", ".join(task_names))
-    parser.add_argument("image", type=Path, nargs="?", help="image of the task ask")
+    parser.add_argument("image", type=Path, nargs="?", help="image of the task ask; run folder of report")
     parser.add_argument("question", nargs="?", help="question of the task ask")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
@@ -56,7 +57,9 @@ def read_flags() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
     if args.task == "ask" and args.question is None:
         raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
-    if args.task not in ("scenes", "ask") and args.data is None:
+    if args.task == "report":
+        require_file("The run", (args.image or Path("runs/NAME")) / "config.json")
+    elif args.task not in ("scenes", "ask") and args.data is None:
         raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
     require_file("The picture", args.image)
     for name in ("adapter", "annotations", "images", "exclude"):
@@ -83,6 +86,7 @@ from files.pictures import UnusableImage, load_image
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
 from training.pictures import draw_cues, draw_heat_maps
+from training.report import write_report
 
 ROWS = {"right, direct prompt": "direct", "right, think prompt": "think", "right, rest black": "black"}
 ROWS |= HELDOUT_ROWS | kind_rows("  {} of {} objects, rest black", "suppressed")
@@ -249,7 +253,9 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
     tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
-        session = open_session(read_flags())
+        if (args := read_flags()).task == "report":
+            return write_report(args.image)
+        session = open_session(args)
         results = tasks.get(session.args.task, benchmark_task)(session)
         write_json(session.folder / "results.json", results)
         print(f"results are in {session.folder}")

@@ -40,7 +40,7 @@ from evaluation.scores import mean
 from policy import Policy, Rollout, collate, decode_completions, rollout, token_logps
 from prompts import EncodedPrompt, Processor
 from reward import Reward, reward
-from training import checks, pictures, run_folder
+from training import checks, learning, pictures, run_folder
 from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
 from training.evaluator import no_scores
@@ -383,6 +383,7 @@ def train(
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
             metrics_history.append(metrics | evaluate(step))
             run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
+            learning.log_group(folder, step, group, cfg)
             report(metrics_history[-1])
             is_best = run_folder.has_best_score(metrics_history)
             diverged = checks.diverged(metrics_history, policy, cfg.lr)

@@ -17,7 +17,7 @@ from files.disk import write_json
 from files.errors import exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
-from training import checks, model_card, pictures, run_folder, settings
+from training import checks, learning, model_card, pictures, run_folder, settings
 from training.evaluator import Evaluator
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
@@ -124,6 +124,7 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     run_folder.save_adapter(policy.model, folder / "adapter")
     after = heldout.evaluate(policy, held, longest, "after", cache)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
+    learning.draw_run(folder, experiment.heldout_cues)
     # Write it down: results.json last, because a folder that holds it is complete.
     model_card.write_model_card(folder, policy, table(before, after))
     training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open())
@@ -136,7 +137,7 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     print(table(before, after))
     print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
     print(f"{seconds['all']:.0f} seconds; adapter, results.json and images are in {folder}. Next:")
-    print(*eval_commands(folder), sep="\n")
+    print(*eval_commands(folder), shlex.join(["python", "eval.py", "report", str(folder)]), sep="\n")
 
 
 def eval_commands(folder: Path) -> list[str]:

@@ -28,6 +28,7 @@ SOLID = 10**6
 LINES = {  # color, width in pixels, pixels of a dash
     "base model": (ORANGE, 6, SOLID),
     "after training": (BLUE, 3, SOLID),
+    "prediction": (BLUE, 3, SOLID),
     "ground truth": ("white", 2, 5),
     "advantage > 0": (BLUE, 3, SOLID),
     "advantage 0 or below": (ORANGE, 3, SOLID),
@@ -139,22 +140,41 @@ def draw_cues(cues: Sequence[Cue], before: list, after: list | None, path: Path,
     below([text_block(title, 1280, 18), legend(["ground truth", *names]), *rows]).save(path)
 
 
+def group_boxes(group: Any) -> list[Box | None]:
+    """The predicted boxes of a group in pixels of its cue's image; None for a completion without one."""
+    frame = group.example.prompt.frame
+    return [box and frame.to_pixels(box) for box in map(parse_box, group.completions)]
+
+
+def line_name(advantage: float) -> str:
+    """The line in LINES of a completion's box."""
+    return "advantage > 0" if advantage > 0 else "advantage 0 or below"
+
+
+def draw_numbered_boxes(cue: Cue, ranked: Sequence[tuple[str, Box | None]], side: int) -> Image.Image:
+    """The block of a cue's image with its box and predicted ones, numbered from 1; the first on top.
+
+    ranked: names in LINES and boxes in pixels of the image; None has no box, but a number.
+    """
+    tile = image_block(cue.image, side, [*reversed(ranked), ("ground truth", cue.box)])
+    taken = [place_of(cue.box, cue.image.size, side)]
+    for number, (name, box) in enumerate(ranked, 1):
+        if box:
+            paste_number(tile, number, LINES[name][0], place_of(box, cue.image.size, side), taken)
+    return tile
+
+
 def draw_group(group: Any, path: Path) -> None:
     """One group: the image with its numbered boxes; what to find; rewards and advantages, the best first."""
-    cue, frame, advantages = group.example.cue, group.example.prompt.frame, group.advantages
-    names = ["advantage > 0" if advantage > 0 else "advantage 0 or below" for advantage in advantages]
-    boxes = [box and frame.to_pixels(box) for box in map(parse_box, group.completions)]
+    cue, boxes, advantages = group.example.cue, group_boxes(group), group.advantages
+    names = [line_name(advantage) for advantage in advantages]
     ranked = sorted(range(len(boxes)), key=lambda g: -advantages[g])
-    named = [(names[g], boxes[g]) for g in reversed(ranked)]  # the best on top
-    tile = image_block(cue.image, 2 * SIDE, [*named, ("ground truth", cue.box)])
+    tile = draw_numbered_boxes(cue, [(names[g], boxes[g]) for g in ranked], 2 * SIDE)
     table = [beside([image_block(cue.crop, 96), text_block("crop to find", 220)], 0.5)]
     if len(group.example.prompt.images) == 1:  # the model sees no crop
         table = [text_block(f"in words, without a crop: {cue.text}", 340)]
-    taken = [place_of(cue.box, cue.image.size, 2 * SIDE)]
     for number, g in enumerate(ranked, 1):
         color, ending = LINES[names[g]][0], "" if boxes[g] else ", no box"
-        if boxes[g]:
-            paste_number(tile, number, color, place_of(boxes[g], cue.image.size, 2 * SIDE), taken)
         text = f"{number}:  reward {group.rewards[g].total:.2f}, advantage {advantages[g]:+.2f}{ending}"
         table.append(beside([image_block(Image.new("RGB", (18, 12), color), 18), text_block(text, 340)], 0.5))
     sheet = beside([tile, below(table)])

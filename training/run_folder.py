@@ -4,11 +4,14 @@ inputs.json              size and date of each input file, before anything else
 config.json              every setting
 answers.jsonl            replies of the base model, later of the trained one, each as soon as it is generated
 metrics.jsonl            one line per step
+completions.jsonl        one group every --show-every steps, with the box and the reward of each completion
 evaluations.jsonl        with --eval-every, one line per evaluation
 adapter-best             with --eval-every, the adapter of the highest eval/iou, the earlier of two equal ones
 tensorboard, wandb       with --report-to
 checkpoints/step-NNNNNN  adapter and optimizer after N steps; the last two are kept
-adapter (with its model card), results.json, before_after.png, group.png: at the end
+adapter with its model card, results.json, before_after.png, group.png, curve.png: at the end
+learning.gif             at the end, with --eval-every
+report.html              written by eval.py report, which draws curve.png and learning.gif again
 """
 
 import json
