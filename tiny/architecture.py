@@ -58,6 +58,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
-    """Qwen's image processor: patches of 16 pixels, merged 2 × 2, between 4 and 36 image tokens."""
+    """Qwen's image processor: patches of 16 pixels, merged 2 × 2, between 4 and 64 image tokens."""
     kwargs = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=16, merge_size=2)
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 64 * 64, "longest_edge": SIDE * SIDE}, **kwargs)
