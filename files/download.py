@@ -32,8 +32,6 @@ MAX_FAILURES_IN_A_ROW = 16  # so many mean that the network fails, not the image
 INVALID_NAME_ERRORS = (EEXIST, EINVAL, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, ENOTEMPTY)
 DECODING = threading.Lock()  # a small file can hold 400 MB of pixels, so only one is decoded at a time
 
-Key = tuple[str, tuple[int, int], str]  # an image's name, annotated size (width, height) and address
-
 
 class PermanentFailure(UnusableImage):
     """The reason why an image cannot be downloaded, where another attempt would not help."""
@@ -46,10 +44,10 @@ class ImageDownloads(Photos):
     `unusable` holds only images whose download failed: the cues that would use one are drawn again.
     """
 
-    used: set[Key] = field(default_factory=set)  # by the last draw
+    used: set[tuple] = field(default_factory=set)  # names, annotated sizes, addresses: by the last draw
 
     def open(self, *key: Any) -> Image.Image | None:
-        """A blank image instead of the real one, or None if the download of that failed. key: see Key."""
+        """A blank image instead of the real one, or None if its download failed; key: as in `used`."""
         self.used |= {key} - self.unusable
         return Image.new("1", (1, 1)) if key in self.used else None
 
@@ -129,7 +127,7 @@ def download_images(downloads: ImageDownloads, draw: Callable[[], object]) -> No
     """
     checked, failures = set(), 0
 
-    def missing_images() -> list[Key]:
+    def missing_images() -> list[tuple]:
         downloads.used.clear()
         draw()
         # One key per path, so that no two threads write the same file.
