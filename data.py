@@ -201,7 +201,7 @@ def coco_cues(
             box, text = sample_cue_box(rng, annotation.box, *annotation.size, cfg), annotation.text
         if box is None or size_class(box, *annotation.size) != size:
             return None
-        image = photos.open(annotation.name, annotation.size)
+        image = photos.open(annotation.name, annotation.size, annotation.address)
         return image and Cue(image, box, size, text, name=annotation.name)
 
     return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
@@ -248,9 +248,11 @@ def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: P
     """Downloads what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
     if min(limit, heldout) < 1:
         raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
-    downloads = download.open_downloads(files["images"], files["annotations"])
+    files["images"].mkdir(parents=True, exist_ok=True)
+    downloads = download.ImageDownloads(files["images"], LeftOut(f"images of {files['annotations']}", 0))
     cues = open_cues("coco", "train", seed, cfg, photos=downloads, **files)
     heldout_cues = open_cues("coco", "heldout", 0, CueConfig(), photos=downloads, **files)
+    downloads.left_out.total = cues.left_out[0].total
     parts = ((cues, limit), (heldout_cues, heldout))
     download.download_images(downloads, lambda: [part[i] for part, n in parts for i in range(n)])
     flags = files | {"source": cfg.source, "tiny-ratio": cfg.tiny_ratio, "seed": seed}

@@ -58,7 +58,7 @@ def read_family(name: str, frame: str | None = None) -> tuple[Any, Family]:
     if family_name == "qwen2_5_vl" and shape == MIMO_VL:
         family_name = "mimo_vl"
     with suppress(UserError):  # --dry-run needs settings alone, without a tokenizer
-        completion_prefix = checkpoints.opening(checkpoints.read_processors(name, config)[0])
+        *_, completion_prefix = checkpoints.read_processors(name, config)
     # The template tells: folders of both kinds are renamed, and called no-thinking.
     if family_name == "qwen3_vl" and completion_prefix:
         family_name = "qwen3_vl_thinking"
@@ -80,7 +80,8 @@ def load_policy(
     dtype = dtype or device_dtype
     if dtype == torch.float16:
         print("This GPU has no bfloat16: in float16, groups can overflow (docs/gpu.md).", file=sys.stderr)
-    processor = Processor(*checkpoints.read_processors(name, config), family, "")
+    tokenizer, image_processor, _ = checkpoints.read_processors(name, config)
+    processor = Processor(tokenizer, image_processor, family, "")
     quantize = device.type == "cuda" if load_in_4bit is None else load_in_4bit
     # With a device map, each weight goes to the device and to 4 bit as it is read, never all in 16.
     load_kwargs = dict(dtype=dtype, device_map={"": device}, key_mapping=OLD_NAMES)
@@ -155,15 +156,12 @@ def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:
 def load_adapter(policy: Policy, folder: Path) -> Policy:
     """The policy with a trained adapter from a folder in PEFT's format; UserError where it does not fit."""
     checkpoints.check_adapter_files(folder, policy.base_model.name_or_path)
-    try:
+    remedy = "it does not fit the model, so pass the --model it was trained on"
+    with checkpoints.one_sentence(folder, remedy, "--adapter"):
         model = PeftModel.from_pretrained(policy.model, folder, key_mapping=OLD_NAMES).eval()
         saved = load_peft_weights(str(folder), device="cpu", key_mapping=OLD_NAMES).keys()
         # PEFT only warns of layers without weights, and says nothing of weights without a layer.
         loaded = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
         if unmatched := sorted(saved ^ loaded):
             raise ValueError(f"{len(unmatched)} weights have no counterpart, first {unmatched[0]}")
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
-        error_text = str(error).splitlines()[0][:180]
-        reason = f"does not fit the model ({error_text}): pass the --model it was trained on"
-        raise UserError(f"--adapter {folder} {reason}.") from None
     return replace(policy, model=model)

@@ -137,26 +137,24 @@ def encode(
     processor: Processor, request: str, *images: Image.Image | ProcessedImage, crop: Image.Image | None = None
 ) -> EncodedPrompt:
     """A prompt of full images, the crop if there is one, and the text, in the family's chat template."""
-    family, image_processor = processor.family, processor.image_processor
+    tokenizer, image_processor, family = processor.tokenizer, processor.image_processor, processor.family
     pixel_limits = [(image, family.image_pixels) for image in images]
     pixel_limits += [(crop, family.crop_pixels)] if crop is not None else []
     processed_images = [process_image(image_processor, image, *pixels) for image, pixels in pixel_limits]
     message_content = [{"type": "image"}] * len(processed_images) + [{"type": "text", "text": request}]
     messages = [{"role": "user", "content": message_content}]
-    chat_text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat_text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The template writes one placeholder per image; the model expects one per image token.
     expanded_text, *text_parts = chat_text.split(processor.image_token)
     token_counts = [int(image.grid_thw.prod()) // image_processor.merge_size**2 for image in processed_images]
     for num_tokens, text_part in zip(token_counts, text_parts, strict=True):
         expanded_text += processor.image_token * num_tokens + text_part
-    tokenized = processor.tokenizer(expanded_text, add_special_tokens=False, return_tensors="pt")
-    input_ids = tokenized["input_ids"][0]  # [P]
+    input_ids = tokenizer(expanded_text, add_special_tokens=False, return_tensors="pt").input_ids[0]  # [P]
     # Without these, transformers silently gives image tokens one-dimensional positions.
-    image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    image_token_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     mm_token_type_ids = (input_ids == image_token_id).long()  # [P]
-    width, height = processed_images[0].size
-    grid_thw, patch_size = processed_images[0].grid_thw, image_processor.patch_size
-    frame = box_frame(family.box_frame, width, height, grid_thw, patch_size)
+    full_image = processed_images[0]
+    frame = box_frame(family.box_frame, *full_image.size, full_image.grid_thw, image_processor.patch_size)
     return EncodedPrompt(input_ids, mm_token_type_ids, processed_images, frame)
 
 

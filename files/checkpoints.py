@@ -46,8 +46,8 @@ def refusal(name: str | Path, reason: str, flag: str = "--model") -> UserError:
 
 
 @contextmanager
-def one_sentence(name: str, remedy: str) -> Iterator[None]:
-    """Turns what transformers raises about the files of a model into a refusal."""
+def one_sentence(name: str | Path, remedy: str, flag: str = "--model") -> Iterator[None]:
+    """Turns what transformers or PEFT raises about the files of a model or adapter into a refusal."""
     try:
         yield
     except Exception as error:  # tokenizers and Jinja raise nothing more special
@@ -57,7 +57,7 @@ def one_sentence(name: str, remedy: str) -> Iterator[None]:
         text = (str(error) or repr(error)).splitlines()[0].split(". ")[0][:120].rstrip(".: ")
         if "couldn't connect" in text:
             text, remedy = "the hub cannot be reached", "connect once to download it, or give a model folder"
-        raise refusal(name, f"{text}; {remedy}") from None
+        raise refusal(name, f"{text}; {remedy}", flag) from None
 
 
 def check_files(folder: Path, names: Iterable[str], flag: str = "--model") -> None:
@@ -125,8 +125,12 @@ def read_config(name: str) -> Any:
     return config
 
 
-def read_processors(name: str, config: Any) -> tuple[Any, Any]:
-    """Tokenizer and image processor; UserError if they do not fit the model, or write no image prompt."""
+def read_processors(name: str, config: Any) -> tuple[Any, Any, str]:
+    """Tokenizer, image processor, and what the chat template itself writes of a completion.
+
+    That is "<think>" and a line break, or nothing. UserError if they do not fit the model, or write no image
+    prompt.
+    """
     folder, no_code = model_folder(name), dict(trust_remote_code=False)
     remedy = "copy tokenizer, chat template and preprocessor_config.json of the model it was trained from"
     with one_sentence(name, remedy):
@@ -145,7 +149,8 @@ def read_processors(name: str, config: Any) -> tuple[Any, Any]:
         image_processor = hf.AutoImageProcessor.from_pretrained(folder, **no_code)
         if getattr(image_processor, "patch_size", None) != config.vision_config.patch_size:
             raise ValueError("the image processor does not cut images into the patches of the model")
-    return tokenizer, image_processor
+    thinks = prompt.rstrip().endswith("<think>")
+    return tokenizer, image_processor, prompt[prompt.rindex("<think>") :] if thinks else ""
 
 
 def weight_file_names(folder: Path) -> list[str]:
@@ -212,10 +217,3 @@ def check_adapter_files(folder: Path, model_name: str) -> None:
     if base and model_name and base_name(base) != base_name(model_name):
         text = f"--adapter {folder} was trained on {base}, not on {model_name}: its results mean little here."
         print(text, file=sys.stderr)
-
-
-def opening(tokenizer: Any) -> str:
-    """What the chat template itself writes of a completion: "<think>" and a line break, or nothing."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""

@@ -14,12 +14,9 @@ from files.errors import UserError, require_file
 from files.pictures import LEAST_SIDE, NARROWEST, LeftOut, Photos, UnusableImage, in_split, warn_once
 from reward import Box
 
-KEYS = ("image_id", "category_id", "id", "iscrowd", "bbox")  # the values of an annotation that are used
-NOT_IN_ANNOTATIONS = {"file_name", "coco_url", "name", "images", "annotations"}
 NOT_A_CROWD = ("0", "0.0", "false", "none", "")
 UNREADABLE = (KeyError, TypeError, AttributeError, RecursionError, EOFError, zlib.error)  # on a bad file
-YOLO_OR_VOC = "convert YOLO or VOC labels with Datumaro: datum convert -if yolo -i DIR -f coco_instances"
-REMEDIES = {"annotations": f"give one in UTF-8, or {YOLO_OR_VOC}"}
+DATUMARO = ", or convert YOLO or VOC labels with Datumaro: datum convert -if yolo -i DIR -f coco_instances"
 
 
 class AnnotatedObject(NamedTuple):
@@ -27,6 +24,7 @@ class AnnotatedObject(NamedTuple):
 
     name: str  # of the image's file
     size: tuple[int, int]  # width and height of the image in pixels, as annotated
+    address: str  # of the image on the web, or ""
     box: Box  # in pixels of the image
     text: str | None  # a description that fits no other object in the image
 
@@ -45,7 +43,7 @@ def read_input(flag: str, path: Path | None, description: str, parse: Callable[[
     except (*UNREADABLE, OSError, ValueError) as error:
         # Cut, so that the message never repeats the content of the file.
         reason = str(error if isinstance(error, ValueError) else repr(error))[:99]
-        remedy = REMEDIES.get(flag, "give one in UTF-8")
+        remedy = "give one in UTF-8" + DATUMARO * (flag == "annotations")
         raise UserError(f"--{flag} {path} is not a {description} ({reason}): {remedy}.") from None
 
 
@@ -84,18 +82,15 @@ def parse_ids(text: str) -> set[int | str]:
     return set(map(id_key, text.split()))
 
 
-def compact(entry: dict) -> dict | list:
-    """An annotation as the list of its values of KEYS, any other JSON object as it is.
-
-    Of an annotation only these values are kept: the polygons, most of the file, are dropped while parsing.
-    """
-    is_annotation = "bbox" in entry and NOT_IN_ANNOTATIONS.isdisjoint(entry)
-    return [entry.get(key) for key in KEYS] if is_annotation else entry
+def without_polygons(entry: dict) -> dict:
+    """A JSON object without its polygons: they are most of the file, so they are dropped while parsing."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def parse_instances(text: str) -> dict[str, Any]:
-    """COCO's instances JSON with compact annotations; ValueError where a part of it is missing."""
-    data = json.loads(text, object_hook=compact)
+    """COCO's instances JSON without polygons; ValueError where a part of it is missing."""
+    data = json.loads(text, object_hook=without_polygons)
     for key in ("images", "annotations"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise ValueError(f'it has no list "{key}"')
@@ -120,7 +115,7 @@ def name_of(photo: Any) -> Any:
     return entry.get("file_name") or last_part(str(entry.get("coco_url", "")))
 
 
-def find_name(name: str, folder: Path | None, is_unique: bool) -> str:
+def find_name(name: str, folder: Path, is_unique: bool) -> str:
     """The name of an image below its folder, where exporters write other folders or another Unicode form.
 
     is_unique: no other image has the same last part of its name. UnusableImage where the name leads out of
@@ -129,7 +124,7 @@ def find_name(name: str, folder: Path | None, is_unique: bool) -> str:
     posix = name.replace("\\", "/")
     candidates = (name, posix, last_part(name)) if is_unique else (name, posix)
     # Most names need no search, and COCO has 118,000 of them.
-    for candidate in candidates if folder and not (posix.isascii() and "/" not in posix) else ():
+    for candidate in () if posix.isascii() and "/" not in posix else candidates:
         # macOS stores é as two characters, most other programs as one.
         for form in (candidate, *(unicodedata.normalize(form, candidate) for form in ("NFC", "NFD"))):
             with suppress(OSError):  # no file can have this name
@@ -140,8 +135,8 @@ def find_name(name: str, folder: Path | None, is_unique: bool) -> str:
     return posix
 
 
-def read_photo(photo: Any, photos: dict, folder: Path | None, last_parts: dict) -> tuple[str, tuple]:
-    """File name and size of an entry of COCO's `images`; UnusableImage with the reason otherwise.
+def read_photo(photo: Any, photos: dict, folder: Path, last_parts: dict) -> tuple[str, tuple, str]:
+    """File name, size and address of an entry of COCO's `images`; UnusableImage with the reason otherwise.
 
     photos: the entries before it, by id; last_parts: how many names have each last part.
     """
@@ -154,11 +149,12 @@ def read_photo(photo: Any, photos: dict, folder: Path | None, last_parts: dict) 
         raise UnusableImage("without a name, width and height")
     if min(size) < LEAST_SIDE or max(size) > NARROWEST * min(size):
         raise UnusableImage("too small or narrow")
-    return find_name(name, folder, last_parts[last_part(name)] == 1), tuple(map(int, size))
+    name = find_name(name, folder, last_parts[last_part(name)] == 1)
+    return name, tuple(map(int, size)), str(photo.get("coco_url") or "")
 
 
-def index_photos(entries: list, folder: Path | None, left_out: LeftOut) -> dict:
-    """Name and size of each usable image, by id; the others are counted in `left_out`."""
+def index_photos(entries: list, folder: Path, left_out: LeftOut) -> dict:
+    """Name, size and address of each usable image, by id; the others are counted in `left_out`."""
     photos, last_parts = {}, Counter(map(last_part, {str(name_of(entry)) for entry in entries}))
     for entry in entries:
         try:
@@ -172,22 +168,24 @@ def index_photos(entries: list, folder: Path | None, left_out: LeftOut) -> dict:
 
 
 def as_row(entry: Any) -> list | None:
-    """The values of KEYS of an annotation, with numbers where they are text; None without ids and a box.
+    """[image id, category id, id, is a crowd, box] of an annotation; None without ids and a box.
 
-    A box that is not four numbers is ().
+    Numbers may be written as text. A box that is not four numbers is ().
     """
-    row = [entry.get(key) for key in KEYS] if isinstance(entry, dict) and "bbox" in entry else entry
-    if not isinstance(row, list) or len(row) != len(KEYS):
+    if not isinstance(entry, dict) or "bbox" not in entry:
         return None
-    ids, box = [*map(whole_id, row[:3])], tuple(map(as_number, row[4] if isinstance(row[4], list) else ()))
-    row = [*ids, str(row[3]).lower() not in NOT_A_CROWD, box if len(box) == 4 and None not in box else ()]
+    ids = [whole_id(entry.get(key)) for key in ("image_id", "category_id", "id")]
+    box = tuple(map(as_number, entry["bbox"] if isinstance(entry["bbox"], list) else ()))
+    is_crowd = str(entry.get("iscrowd")).lower() not in NOT_A_CROWD
+    row = [*ids, is_crowd, box if len(box) == 4 and None not in box else ()]
     return row if all(isinstance(value, int | str | None) for value in ids) else None
 
 
 def box_problem(row: list | None, photos: dict, seen: dict) -> str:
     """Why an annotation, the result of `as_row`, cannot be used, or "".
 
-    photos: name and size of each usable image, by id; seen: the annotations before it that can be used.
+    photos: name, size and address of each usable image, by id; seen: the annotations before it that can be
+    used.
     """
     if row is None:
         return "without a box"
@@ -221,17 +219,16 @@ def turn_photos(rows: list, photos: dict, folder: Path) -> None:
     beyond -= {i for i, box in boxes if i in beyond and not fits(box, photos[i][1][::-1])}
     # A total without limit: what cannot be used is counted later, when a cue needs it.
     probe = Photos(folder, LeftOut("images", 10**9))
-    turned = {i: (photos[i][0], photos[i][1][::-1]) for i in beyond}
+    turned = {i: (name, size[::-1], url) for i, (name, size, url) in photos.items() if i in beyond}
     if turned := {i: photo for i, photo in turned.items() if probe.open(*photo)}:
         photos |= turned
         warn_once(f"boxes on {len(turned):,} images in {folder} fit only as EXIF turns them, and are read so")
 
 
-def index_rows(entries: list, photos: dict, folder: Path | None, left_out: LeftOut) -> list[list]:
-    """The values of KEYS of each usable annotation; the others are counted in `left_out`."""
+def index_rows(entries: list, photos: dict, folder: Path, left_out: LeftOut) -> list[list]:
+    """The row of each usable annotation (see `as_row`); the others are counted in `left_out`."""
     rows, seen = list(map(as_row, entries)), {}
-    if folder:
-        turn_photos(rows, photos, folder)
+    turn_photos(rows, photos, folder)
     for row in rows:
         if problem := box_problem(row, photos, seen):
             left_out.add(problem)
@@ -241,7 +238,7 @@ def index_rows(entries: list, photos: dict, folder: Path | None, left_out: LeftO
 
 
 def index_coco(
-    text: str, name: str, split: str, excluded: set, texts: dict, need_text: bool, folder: Path | None = None
+    text: str, name: str, split: str, excluded: set, texts: dict, need_text: bool, folder: Path
 ) -> tuple[list[AnnotatedObject], list[LeftOut]]:
     """The objects in COCO's instances JSON that cues of a split can show, and what is left out.
 

@@ -10,15 +10,11 @@ def contact_sheet(cues: Any, n: int) -> Image.Image:
     sheet = Image.new("RGB", (3 * 480, -(-n // 3) * 260), "white")
     for i in range(n):
         cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
-        image = ImageOps.contain(cue.image, (320, 240))
-        box = [v * image.width / cue.image.width for v in cue.box]
-        ImageDraw.Draw(image).rectangle(box, outline="magenta", width=2)
-        sheet.paste(image, (x, y))
-        x += image.width + 10
-        label = f"cue {i}: the crop\nin the pink box\n{cue.size}\n{cue.text or ''}"
-        if cues.cfg.source == "text":  # the model sees no crop
-            label = f"cue {i}, text alone:\n{cue.text}\nin the pink box\n{cue.size}"
-        else:
-            sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
+        image = cue.image.copy()
+        ImageDraw.Draw(image).rectangle(cue.box, outline="magenta", width=max(1, max(image.size) // 120))
+        sheet.paste(ImageOps.contain(image, (320, 240)), (x, y))
+        if cues.cfg.source != "text":  # with a text cue, the model sees no crop
+            sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x + 330, y))
+        label = f"cue {i} ({cue.size})\n{cue.text or ''}\nin the pink box"
+        ImageDraw.Draw(sheet).text((x + 330, y + 140), label, fill="black", font_size=16)
     return sheet

@@ -6,7 +6,6 @@ Uses urllib: httpx made this no shorter, and what transformers installs today is
 import shlex
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ from errno import EEXIST, EINVAL, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, ENOTEMP
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from PIL import Image
 from tqdm import tqdm
 
-from files.coco import parse_instances, read_input, read_photo
 from files.errors import UserError
-from files.pictures import LeftOut, Photos, UnusableImage, load_image
+from files.pictures import Photos, UnusableImage, load_image
 
 READ_TIMEOUT_SECONDS = 30  # without a byte
 MAX_SECONDS = 300  # for one file
@@ -32,8 +31,6 @@ THREADS = 8
 MAX_FAILURES_IN_A_ROW = 16  # so many mean that the network fails, not the images
 INVALID_NAME_ERRORS = (EEXIST, EINVAL, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, ENOTEMPTY)
 DECODING = threading.Lock()  # a small file can hold 400 MB of pixels, so only one is decoded at a time
-
-Key = tuple[str, tuple[int, int]]  # an image's name and annotated size (width, height) in pixels
 
 
 class PermanentFailure(UnusableImage):
@@ -47,28 +44,12 @@ class ImageDownloads(Photos):
     `unusable` holds only images whose download failed: the cues that would use one are drawn again.
     """
 
-    addresses: dict[Key, object] = field(default_factory=dict)
-    used: set[Key] = field(default_factory=set)  # by the last draw
+    used: set[tuple] = field(default_factory=set)  # names, annotated sizes, addresses: by the last draw
 
-    def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
-        """A blank image instead of the real one, or None if the download of that failed."""
-        self.used |= {(name, size)} - self.unusable
-        return Image.new("1", (1, 1)) if (name, size) in self.used else None
-
-
-def open_downloads(folder: Path, annotations: Path) -> ImageDownloads:
-    """Creates the folder and reads the images' addresses from COCO's instances JSON; UserError without it."""
-
-    def parse(text: str) -> dict[Key, object]:
-        addresses = {}
-        for photo in parse_instances(text)["images"]:
-            with suppress(UnusableImage):
-                addresses[read_photo(photo, {}, None, Counter())] = photo.get("coco_url")
-        return addresses
-
-    addresses = read_input("annotations", annotations, "COCO instances JSON", parse)
-    folder.mkdir(parents=True, exist_ok=True)
-    return ImageDownloads(folder, LeftOut(f"images of {annotations}", len(addresses)), addresses=addresses)
+    def open(self, *key: Any) -> Image.Image | None:
+        """A blank image instead of the real one, or None if its download failed; key: as in `used`."""
+        self.used |= {key} - self.unusable
+        return Image.new("1", (1, 1)) if key in self.used else None
 
 
 def fetch_bytes(url: object) -> bytes:
@@ -122,15 +103,15 @@ def save_image(folder: Path, name: str, size: tuple[int, int], body: bytes) -> N
         raise PermanentFailure("whose name no file can have") from None
 
 
-def download_image(downloads: ImageDownloads, name: str, size: tuple[int, int]) -> str:
+def download_image(folder: Path, name: str, size: tuple[int, int], address: str) -> str:
     """Downloads an image unless the folder has it. Returns the reason if that failed, else ""."""
     with suppress(UnusableImage), DECODING:
-        load_image(downloads.folder / name, size)
+        load_image(folder / name, size)
         return ""
     for pause in RETRY_PAUSES:
         time.sleep(pause)
         try:
-            save_image(downloads.folder, name, size, fetch_bytes(downloads.addresses.get((name, size))))
+            save_image(folder, name, size, fetch_bytes(address))
             return ""
         except PermanentFailure as failure:
             return str(failure)
@@ -146,7 +127,7 @@ def download_images(downloads: ImageDownloads, draw: Callable[[], object]) -> No
     """
     checked, failures = set(), 0
 
-    def missing_images() -> list[Key]:
+    def missing_images() -> list[tuple]:
         downloads.used.clear()
         draw()
         # One key per path, so that no two threads write the same file.
@@ -156,21 +137,21 @@ def download_images(downloads: ImageDownloads, draw: Callable[[], object]) -> No
     with ThreadPool(THREADS) as pool:
         while missing := missing_images():
             checked.update(missing)
-            results = pool.imap_unordered(lambda key: (key, download_image(downloads, *key)), missing)
+            results = pool.imap_unordered(lambda key: (key, download_image(downloads.folder, *key)), missing)
             for key, reason in tqdm(results, "images", len(missing), unit=" files"):
                 if reason:
                     downloads.unusable.add(key)
                     downloads.left_out.add(reason)
                 # An image without an address says nothing about the network.
-                failures = failures + bool(downloads.addresses.get(key)) if reason else 0
+                failures = failures + bool(key[2]) if reason else 0
                 if failures == MAX_FAILURES_IN_A_ROW:
-                    last = f"the last is {downloads.addresses[key]!r}, {reason}"
+                    last = f"the last is {key[2]!r}, {reason}"
                     raise UserError(f"{failures} images in a row failed ({last}): check the network.")
 
 
 def training_command(downloads: ImageDownloads, limit: int, heldout: int, flags: dict[str, object]) -> str:
     """One line: what was downloaded, what is left out, and the command that trains on the same cues."""
-    sizes = [(downloads.folder / name).stat().st_size for name, _ in downloads.used]
+    sizes = [(downloads.folder / name).stat().st_size for name, *_ in downloads.used]
     flags = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "data": "coco", **flags, "preset": "qlora"}
     flags |= {"prompts": (prompts := min(16, limit)), "steps": limit // prompts, "eval-cues": heldout}
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]

@@ -77,8 +77,9 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
                 raise UnusableImage(f"under {LEAST_SIDE} pixels on a side")
             if max(image.size) > NARROWEST * min(image.size):
                 raise UnusableImage(f"over {NARROWEST} times as long as wide")
-            if image.size == size and is_turned(image):
-                warn_once("boxes on photos that EXIF turns are read as on the stored pixels")
+            with suppress(Exception):  # EXIF data can be damaged in any way
+                if image.size == size != size[::-1] and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
+                    warn_once("boxes on photos that EXIF turns are read as on the stored pixels")
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")
@@ -94,13 +95,6 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError) and path.read_bytes()[4:8] in (b"ftyp", b"jP  "):
             reasons[type(error)] = "of a format that is not read, such as HEIC"
         raise UnusableImage(reasons.get(type(error), "broken or not an image")) from None
-
-
-def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation of an image, as it is stored, turns it by 90°."""
-    with suppress(Exception):  # EXIF data can be damaged in any way
-        return image.width != image.height and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    return False
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -128,8 +122,11 @@ class Photos:
     left_out: LeftOut
     unusable: set[tuple] = field(default_factory=set)  # names and annotated sizes
 
-    def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
-        """The image as RGB (see load_image for `size`), or None if it cannot be used."""
+    def open(self, name: str, size: tuple[int, int] | None = None, address: str = "") -> Image.Image | None:
+        """The image as RGB (see load_image for `size`), or None if it cannot be used.
+
+        address: on the web, for those who download it.
+        """
         if (name, size) not in self.unusable:
             try:
                 return load_image(self.folder / name, size)

@@ -88,7 +88,7 @@ def find_target(engine: str, model: str | None, frame: str | None, pixels: list[
 def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, int]]:
     """The family, cell and pixel limits of a model, read from its small files without its weights."""
     config, family = read_family(name, frame)
-    _, processor = read_processors(name, config)
+    _, processor, _ = read_processors(name, config)
     own = processor.size["shortest_edge"], processor.size["longest_edge"]
     return family, processor.patch_size * processor.merge_size, own
 

@@ -24,6 +24,7 @@ from files import checkpoints
 from files.errors import UserError
 from models import add_lora, device_and_dtype, load_adapter, load_policy, read_family
 from policy import Policy, collate, token_logps
+from tiny import architecture
 from training.checks import self_check
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +302,8 @@ def test_fewer_embeddings_than_tokens_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config.get("text_config", config)["vocab_size"] = 300
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, "ids up to 376", "300 rows")
+    highest_id = max(architecture.build_tokenizer().get_vocab().values())
+    refused(folder, f"ids up to {highest_id}, ", "300 rows")
 
 
 @pytest.mark.parametrize("names", ["tokenizer.json", "tokenizer*.json"])
@@ -556,7 +558,7 @@ def test_an_adapter_that_does_not_fit_is_refused(case, sound, tmp_path):
 def test_an_adapter_without_its_saved_modules_is_refused(sound, tmp_path):
     save_adapter(tmp_path / "adapter", sound, modules_to_save=["lm_head"])
     edit_adapter(tmp_path / "adapter", lambda w: {k: v for k, v in w.items() if "lora_" in k})
-    with pytest.raises(UserError, match=r"does not fit the model .*lm_head"):
+    with pytest.raises(UserError, match=r"lm_head.*does not fit the model"):
         load_adapter(load(sound), tmp_path / "adapter")
 
 

@@ -253,7 +253,8 @@ def test_an_image_that_cannot_be_downloaded_is_counted_and_replaced(
 ):
     replies, num_requests, reason = LASTING[case]
     monkeypatch.setattr(download, "MAX_BYTES", 1_000_000)
-    monkeypatch.setattr(download, "MAX_SECONDS", 0.2)
+    if case == "slow":  # on a busy machine, the others can take as long
+        monkeypatch.setattr(download, "MAX_SECONDS", 0.2)
     noise(240, 327).save(server.folder / "turned.jpg")
     turned = (server.folder / "turned.jpg").read_bytes()
     server.replies["7.jpg"] = [turned] if replies == ["turned"] else replies

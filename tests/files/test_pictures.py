@@ -196,7 +196,7 @@ BAD_BOXES = {
 
 def index(images: list, boxes: list):
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
-    return index_coco(json.dumps(content), "x.json", "train", set(), {}, False)
+    return index_coco(json.dumps(content), "x.json", "train", set(), {}, False, Path("nowhere"))
 
 
 @pytest.mark.parametrize("reason", BAD_IMAGES)
