@@ -6,12 +6,10 @@ The text around the figures is in report_template.md: a name in braces there is 
 Drawing needs matplotlib, which is not one of the seven packages: pip install -r notebooks/requirements.txt
 """
 
-import math
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
-from evaluation.scores import markdown_table, mean
+from evaluation.scores import markdown_table, mean, paired
 from files.disk import write_json
 from files.errors import exit_on_error
 from paper.verdicts import BASE, HERE, change_cell, claim_row, collect, folder_flag, read_json
@@ -27,8 +25,9 @@ COLUMNS |= {"reward, first steps": "reward_first", "last steps": "reward_last", 
 
 def figure(values: list[float], places: int) -> str:
     """Mean ± standard error over the seeds."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.{places}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{places}f}{error}" if values else "–"
+    part = paired([0.0] * len(values), values)  # the change from 0 is the mean itself
+    error = f" ± {part['standard_error']:.{places}f}" if len(values) > 1 else ""
+    return f"{part['change']:.{places}f}{error}" if values else "–"
 
 
 def twin_text(twins: dict[str, dict]) -> tuple[str, str]:

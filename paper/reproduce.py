@@ -83,9 +83,7 @@ class Row:
     model: str  # folder of the base
     variant: str
     flags: dict[str, Any]  # of locus_mini.py; 0 steps: the base itself
-    measured: dict[
-        str, int
-    ]  # held_out (seed of the scenes), n (cues, and questions of each kind and size), twins
+    measured: dict[str, int]  # held_out: seed of the scenes; n: cues, questions of each kind and size; twins
     folder: Path  # of the training run
     out: Path  # the file of its answers
     protocol: str = ""  # hash of the protocol, if it is of one

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import Cue, CueConfig, open_cues
+from data import Cue, CueConfig, encode_cue, open_cues
 from evaluation.heldout import is_right, target_object
 from files.errors import UserError, exit_on_error
 from locus_mini import LOCUS, Example, Task, run, score, update_policy
@@ -30,8 +30,7 @@ from training.settings import Config, read_flags
 
 def encode_description(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:
     """The text cue with a description that no other object of the scene has: `--source text` says less."""
-    text = prompt_text(processor.family, "text", text=target_object(cue).description)
-    return encode(processor, text, cue.image)
+    return encode_cue(processor, replace(cue, text=target_object(cue).description), "text")
 
 
 def encode_other_crop(processor: Processor, cue: Cue, index: int, cfg: Config) -> EncodedPrompt:

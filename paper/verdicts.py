@@ -142,11 +142,8 @@ def holm(p_values: list[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for k, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - k) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    scaled = [(p, (len(p_values) - k) * p) for k, p in enumerate(sorted(p_values))]
+    return [min(1.0, max(product for p, product in scaled if p <= own)) for own in p_values]
 
 
 def verdict(estimates: list[dict[str, Any]], adjusted_p: float, margin: float) -> str:
@@ -159,15 +156,15 @@ def verdict(estimates: list[dict[str, Any]], adjusted_p: float, margin: float) -
 
 def judge(protocol: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
     """Every claim with its change on each base, its adjusted p-value and its verdict."""
-    changes, p_values, claims = [], [], []
+    claims, p_values = [], []
     for claim in protocol["claims"]:
-        changes.append(by_base := {base: estimate(claim, rows[base]) for base in rows})
+        by_base = {base: estimate(claim, rows[base]) for base in rows}
+        claims.append(claim | {"bases": by_base})
         # That all bases change in one direction is as unlikely as the least clear of them.
         one_direction = len({entry["change"] > 0 for entry in by_base.values()}) == 1
         p_values.append(max(entry["p"] for entry in by_base.values()) if one_direction else 1.0)
-    for claim, by_base, p in zip(protocol["claims"], changes, holm(p_values), strict=True):
-        word = verdict(list(by_base.values()), p, protocol["margin"])
-        claims.append(claim | {"bases": by_base, "p": p, "verdict": word})
+    for claim, p in zip(claims, holm(p_values), strict=True):
+        claim |= {"p": p, "verdict": verdict([*claim["bases"].values()], p, protocol["margin"])}
     return claims + [claim | {"verdict": "not testable"} for claim in protocol["not_testable"]]
 
 

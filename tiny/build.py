@@ -20,7 +20,6 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Cue, CueConfig, sample_cue_box, sample_random_box, scene_cues
-from evaluation.heldout import build_heldout_set, evaluate
+from evaluation.heldout import build_heldout_set, evaluate, target_object
 from evaluation.scores import mean
 from files.disk import sha256
 from files.errors import FlagParser, UserError, exit_on_error
@@ -92,10 +91,9 @@ def random_scene(rng: random.Random, count: int, suppressed: float) -> tuple[Sce
     image = scenes.render(scene)
     if rng.random() < suppressed:
         scene.objects = [rng.choice(scene.objects)]
-        box = scene.objects[0].box
-        padding = rng.uniform(0, 0.6) * (box[2] - box[0])
-        edges = (box[0] - padding, box[1] - padding, box[2] + padding, box[3] + padding)
-        image = scenes.keep_only(image, tuple(min(SIDE, max(0, round(v))) for v in edges))
+        x1, y1, x2, y2 = scene.objects[0].box
+        padding = rng.uniform(0, 0.6) * (x2 - x1)
+        image = scenes.keep_only(image, (x1 - padding, y1 - padding, x2 + padding, y2 + padding))
     return scene, image
 
 
@@ -105,11 +103,10 @@ def random_crop(rng: random.Random, scene: Scene) -> tuple[SceneObject, Image.Im
     A large window (10 to 30 % of the scene) shows several objects; the one that covers most of it counts.
     """
     image, scene_object = scenes.render(scene), rng.choice(scene.objects)
-    window = rng.random() < 0.2 and sample_random_box(rng, SIDE, SIDE, "large", CueConfig(), scene_object.box)
-    if window:
-        scene_object = max(scene.objects, key=lambda o: scenes.visible_area(o.box, window))
-    window = window or sample_cue_box(rng, scene_object.box, SIDE, SIDE, CueConfig())
-    return scene_object, Cue(image, window, "", scene=scene).crop
+    large = rng.random() < 0.2 and sample_random_box(rng, SIDE, SIDE, "large", CueConfig(), scene_object.box)
+    window = large or sample_cue_box(rng, scene_object.box, SIDE, SIDE, CueConfig())
+    cue = Cue(image, window, "", scene=scene, target=None if large else scene_object)
+    return target_object(cue), cue.crop
 
 
 def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor:
@@ -155,8 +152,7 @@ def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> 
     if possible:
         q = rng.choice(possible)
         # The thought starts with the words that the question gives, and ends with what the answer needs.
-        name, box = q.evidence.name, q.evidence.box
-        thought = {"shape": name, "detail": name, "place": name + FRAME.to_text(box)}[kind]
+        thought = q.evidence.name + FRAME.to_text(q.evidence.box) * (kind == "place")
         text, answer = q.text, f" {q.answer}"
     elif kind == "find" and salient:
         scene_object = rng.choice(salient)
@@ -210,7 +206,7 @@ class Build:
         self.file.with_suffix(".new").replace(self.file)
 
     def train(self, name: str, parameters: list, loss_function: Callable, measure: Callable) -> None:
-        """AdamW on loss_function(rng) for the steps that a stage has left; then measure() gives accuracy."""
+        """AdamW on loss_function(rng, stage) for what a stage has left; then measure() gives accuracy."""
         if name in self.state["accuracy"]:
             return
         stage, num_steps = STAGES[name], self.steps[name]
@@ -224,7 +220,7 @@ class Build:
             progress = step / num_steps
             cosine = 0.5 + 0.5 * math.cos(math.pi * progress) if stage.decay_lr else 1.0
             optimizer.param_groups[0]["lr"] = stage.peak_lr * min(1.0, progress / 0.02 + 0.01) * cosine
-            loss, metrics = loss_function(random.Random(f"pretraining/{self.seed}/{name}/{step}"))
+            loss, metrics = loss_function(random.Random(f"pretraining/{self.seed}/{name}/{step}"), stage)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -235,14 +231,14 @@ class Build:
         self.save(accuracy=self.state["accuracy"] | {name: measure()})
         print(f"{name}, {num_steps} steps: {self.state['accuracy'][name]}")
 
-    def vision_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+    def vision_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
         """The loss of stage 1 on 16 scenes and two crops of each; also what the progress bar shows.
 
         A token of a scene tells whether its cell holds a centre; if so, its object's box, colour, shape and
         core too. A token of a crop tells colour, shape and core.
         """
         visual, heads = self.model.model.visual, self.heads
-        counts = (draw_count(rng, STAGES["vision"].few_share) for _ in range(16))
+        counts = (draw_count(rng, stage.few_share) for _ in range(16))
         drawn, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
         # What each token should tell: first those of the K cells that hold a centre, then those of crops.
         targets = objects_by_cell(drawn)
@@ -335,8 +331,8 @@ class Build:
     @torch.no_grad()
     def measure_vision(self) -> dict[str, float]:
         """The vision stage's metrics on 480 scenes that no stage has seen; on fewer if the build is short."""
-        num_batches = min(30, self.steps["vision"])
-        rows = [self.vision_loss(random.Random(f"held-out/{step}"))[1] for step in range(num_batches)]
+        rngs = [random.Random(f"held-out/{step}") for step in range(min(30, self.steps["vision"]))]
+        rows = [self.vision_loss(rng, STAGES["vision"])[1] for rng in rngs]
         return {name: round(mean(row[name] for row in rows), 4) for name in rows[0]}
 
     def measure_language(self) -> dict[str, dict[str, float]]:
@@ -360,8 +356,8 @@ def run_build(build: Build, out: Path) -> None:
     build.start_language()
     build.draw_examples()
     text = list(model.model.language_model.parameters())
-    for name, stage in list(STAGES.items())[1:]:
-        build.train(name, text, partial(build.turns_loss, stage=stage), build.measure_language)
+    for name in ("words", "boxes", "crowds"):
+        build.train(name, text, build.turns_loss, build.measure_language)
     model.config.locus_family, model.generation_config.do_sample = "tiny", False
     for part in (model, build.tokenizer, build_image_processor()):
         part.save_pretrained(out)

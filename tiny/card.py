@@ -88,12 +88,11 @@ def write_card(model: str, n: int) -> None:
     build = getattr(policy.base_model.config, "locus_build", {})
     if sha256(weights) != build.get("sha256"):
         raise UserError(f"{weights} is not what config.json tells about: run python -m tiny.build again.")
-    card = {"build": build, "scores": {}}
-    for name, objects in CARD_SCENES.items():
-        card["scores"][name] = measure(policy, objects, n)
-        print(*(" | ".join(row) for row in card_rows(name, card["scores"][name])), sep="\n")
+    scores = {name: measure(policy, objects, n) for name, objects in CARD_SCENES.items()}
+    card = {"build": build, "scores": scores}
     write_json(readme.with_name("card.json"), card)
     readme.write_text(MEASURED.sub(lambda _: card_text(card), text), encoding="utf-8")
+    print(card_text(card))
 
 
 def main() -> None:

@@ -97,9 +97,7 @@ class Scene:
 
 def draw_layout(rng: random.Random, count: int, twins: bool | None = None) -> Scene:
     """A scene of `count` objects (1 to 12), none of which overlap; twins: with a pair of them or without."""
-    if twins is None:
-        twins = rng.random() < TWIN_SHARE
-    twins = twins and count > 1
+    twins = (rng.random() < TWIN_SHARE if twins is None else twins) and count > 1
     names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], count)
     sizes = ["tiny" if rng.random() < TINY_SHARE else "small" for _ in names]
     sides = [rng.randint(*SIDES[size]) for size in sizes]
