@@ -19,6 +19,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,11 +154,10 @@ def benchmark_prompt(
 ) -> EncodedPrompt:
     """The prompt of a benchmark's Sample; suppressed: with everything but the evidence black (Table 1)."""
     images = [keep_only(image, *sample.boxes) if suppressed else image for image in sample.images()]
-    if sample.kind == "box":
-        return encode(processor, prompt_text(processor.family, "text", think, text=sample.question), *images)
     option_lines = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
-    prompt_kind = "string" if sample.kind == "choice" and not option_lines else sample.kind
-    text = prompt_text(processor.family, prompt_kind, think, question=sample.question, options=option_lines)
+    task = "string" if sample.kind == "choice" and not option_lines else sample.kind
+    fields = {"question": sample.question, "text": sample.question, "options": option_lines}
+    text = prompt_text(processor.family, "text" if task == "box" else task, think, **fields)
     return encode(processor, text, *images)
 
 
@@ -214,17 +214,16 @@ def add_judged(session: Session, scores: Scores, name: str, key: str, samples: l
 
 def add_evidence(session: Session, name: str, samples: list, model_scores: list[Scores]) -> None:
     """Where a benchmark has boxes of its evidence: suppression, attention, grounding of single objects."""
-    scores, processor = model_scores[-1], session.processor
+    scores, make = model_scores[-1], partial(benchmark_prompt, processor=session.processor)
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
     boxed_samples = [sample for sample in samples if sample.boxes and not sample.left_out]
-    make = partial(benchmark_prompt, processor=processor)
     add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, partial(make, suppressed=True))
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
     looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
     attention.add_attention(scores, looks)
     single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.target]
-    find_text = partial(prompt_text, processor.family, "text", False)
-    prompts = LazyList(lambda s: encode(processor, find_text(text=s.target), *s.images()), single_boxed)
+    # The prompt for a box is that of RefCOCO.
+    prompts = LazyList(make, [replace(s, kind="box", question=s.target) for s in single_boxed])
     replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single_boxed])
     ious = attention.box_ious(replies, [sample.boxes[0] for sample in single_boxed])
     attention.add_grounding(scores, ious, [right[sample.id] for sample in single_boxed], model_scores[0])

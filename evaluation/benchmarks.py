@@ -27,13 +27,13 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from evaluation.replies import answer_parts, box_of, choice_of, contains, yes_no
-from evaluation.scores import mean
+from evaluation.scores import mean, split
 from files.errors import UserError
 from files.pictures import FORMATS, SUFFIXES, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
-OPENXLAB = "opencompass.openxlab.space/utils/"
+COMPASS = "opencompass.openxlab.space/utils/"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Benchmark:
 
     file: str  # name or pattern, or several: "a.tsv or b.tsv"
     kind: str = "choice"  # choice | yesno | box | string
-    source: str = OPENXLAB + "VLMEval"  # or a data set of huggingface.co
+    source: str = COMPASS + "VLMEval"  # or a data set of huggingface.co
     over: tuple[str, ...] = ()  # the score is the mean over the groups of these columns, nested
     own: str = ""  # glob of the data set's own files, where it has a folder of them
     judged: bool = False  # officially a model judges the replies, so our score by rules is not comparable
@@ -73,9 +73,7 @@ BENCHMARKS = {
     **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), REFCOCO),
     # VLMEvalKit unpacks BabyVision two folders below its own.
     "babyvision": JUDGED("BabyVision.tsv", source="UnipatAI/BabyVision", own="**/meta_data.jsonl"),
-    "mathverse": JUDGED(
-        "MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=f"{OPENXLAB}benchmarks/MathVerse"
-    ),
+    "mathverse": JUDGED("MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=COMPASS + "benchmarks/MathVerse"),
     **{name.lower(): JUDGED(f"{name}.tsv") for name in ("MathVision", "WeMath", "LogicVista")},
 }
 
@@ -346,6 +344,11 @@ def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
     return mean(accuracy(group, over[1:]) for group in groups(rows, over[0]).values())
 
 
+def right_throughout(rows: list[dict], keys: list) -> float:
+    """Share of the groups (rows of the same key) that are right throughout, in points of 100."""
+    return 100 * mean(map(min, split([row["right"] for row in rows], zip(keys)).values()))
+
+
 def pope(rows: list[dict]) -> dict[str, float]:
     """F1 of "yes", for which an unparsed reply is a "no"; a row counts once in each of its categories."""
     categories, figures = groups(rows, "category") or {"all": rows}, {}
@@ -365,20 +368,18 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
 
     The paper's 68.0 fits aAcc; VLMEvalKit reports the mean of the three.
     """
-    figures = {"aAcc": accuracy(rows)}
-    for name, place in (("fAcc", 4), ("qAcc", 5)):  # an index ends in _set_figure_question
-        right = defaultdict(list)
-        for row in rows:
-            ids = (row["fields"].get("index", "") + "_____").split("_")
-            right[row["fields"].get("l2-category"), ids[3], ids[place]].append(row["right"])
-        figures[name] = 100 * mean(min(hits) for hits in right.values())
+    figures, fields = {"aAcc": accuracy(rows)}, [row["fields"] for row in rows]
+    ids = [(cells.get("index", "") + "_____").split("_") for cells in fields]  # …_set_figure_question
+    for name, place in (("fAcc", 4), ("qAcc", 5)):
+        keys = [(cells.get("l2-category"), x[3], x[place]) for cells, x in zip(fields, ids)]
+        figures[name] = right_throughout(rows, keys)
     return figures | {"score": figures["aAcc"], "mean": mean(figures.values())}
 
 
 def mmvp(rows: list[dict]) -> dict[str, float]:
     """Share of the pairs of images whose question is answered right for both; and the plain accuracy."""
-    pairs = [[row["right"] for row in pair] for pair in groups(rows, "pair").values()]
-    return {"score": 100 * mean(map(min, pairs)), "accuracy": accuracy(rows)}
+    pairs = [row["fields"].get("pair") for row in rows]
+    return {"score": right_throughout(rows, pairs), "accuracy": accuracy(rows)}
 
 
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
