@@ -50,7 +50,6 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
-    parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
     for name in ("n", "max_new_tokens", "batch"):
@@ -192,7 +191,7 @@ def benchmark_task(session: Session) -> dict[str, Any]:
 
 def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, make: Callable) -> None:
     """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
-    from evaluation.benchmarks import BENCHMARKS, aggregate, export_predictions, judge
+    from evaluation.benchmarks import BENCHMARKS, aggregate, judge
 
     prompts, ids = LazyList(make, samples), [sample.id for sample in samples]
     rows, replies = [], session.generate(key, prompts, ids, True)
@@ -200,9 +199,6 @@ def add_judged(session: Session, scores: Scores, name: str, key: str, samples: l
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
         fields = {"fields": sample.fields, "answer": sample.answer}
         rows.append(None if text is None else judge(sample, text or "", frame) | fields)
-    if (path := session.args.export_vlmevalkit) and name != "black":
-        suffix = "" if key == ("after/direct" if session.args.adapter else "before/direct") else f"_{key}"
-        export_predictions(path.with_stem(path.stem + suffix.replace("/", "_")), samples, replies)
     judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders
