@@ -168,33 +168,36 @@ def benchmark_task(session: Session) -> dict[str, Any]:
     samples = list(read_samples(task, Path(args.data)))
     if args.n is not None and args.n < len(samples):  # a random subset covers all parts of the file
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), args.n))]
-    can_think = PROMPTS[session.processor.family.template]["think"]
-    styles = ("direct", "think") if can_think else ("direct",)
+    styles = ("direct", "think") if PROMPTS[session.processor.family.template]["think"] else ("direct",)
     model_scores, pairing = [], {}
     for name in session.each_model():
         model_scores.append(scores := Scores({}, {}, []))
         for style in styles:
-            make = partial(benchmark_prompt, processor=session.processor, think=style == "think")
-            add_judged(session, scores, style, f"{name}/{style}", samples, make)
+            add_judged(session, scores, style, f"{name}/{style}", samples, think=style == "think")
         if samples[0].kind == "choice" and any(sample.boxes for sample in samples):
             add_evidence(session, name, samples, model_scores)
     for style in styles:
         figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in model_scores)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
-    if can_think and len(model_scores) > 1:  # the paper's pairing: the instruction comes with training
+    if (
+        "think" in styles and len(model_scores) > 1
+    ):  # the paper's pairing: the instruction comes with training
         base, adapted = model_scores
         samples = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
         pairing["direct to think"] = paired(*samples)
     return finish(model_scores, pairing)
 
 
-def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, make: Callable) -> None:
-    """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
+def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, **style: bool) -> None:
+    """Generates replies to samples, judges them, and adds them to a model's scores under `name`.
+
+    key: of the replies in the cache. style: `think` or `suppressed` of benchmark_prompt.
+    """
     from evaluation.benchmarks import BENCHMARKS, aggregate, judge
 
-    prompts, ids = LazyList(make, samples), [sample.id for sample in samples]
-    rows, replies = [], session.generate(key, prompts, ids, True)
+    prompts = LazyList(partial(benchmark_prompt, processor=session.processor, **style), samples)
+    rows, replies = [], session.generate(key, prompts, [sample.id for sample in samples], benchmark=True)
     for sample, (text, frame) in zip(samples, replies, strict=True):
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
         fields = {"fields": sample.fields, "answer": sample.answer}
@@ -213,7 +216,7 @@ def add_evidence(session: Session, name: str, samples: list, model_scores: list[
     scores, make = model_scores[-1], partial(benchmark_prompt, processor=session.processor)
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
     boxed_samples = [sample for sample in samples if sample.boxes and not sample.left_out]
-    add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, partial(make, suppressed=True))
+    add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, suppressed=True)
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
     looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
     attention.add_attention(scores, looks)

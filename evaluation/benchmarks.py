@@ -15,7 +15,6 @@ import io
 import json
 import random
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -328,13 +327,11 @@ def groups(rows: list[dict], column: str) -> dict[str, list[dict]]:
 
     "popular,random" are two categories, and "Perception/OCR" is itself and "Perception".
     """
-    by_cell = defaultdict(list)
-    for row in rows:
-        cell = row["fields"].get(column, "")
-        categories = [cell, cell.partition("/")[0]] if "/" in cell else cell.split(",")
-        for key in categories if column == "category" else [cell]:
-            by_cell[key.strip()].append(row)
-    return {key: by_cell[key] for key in sorted(by_cell) if key}
+    names = [[row["fields"].get(column, "")] for row in rows]
+    if column == "category":
+        names = [[cell, cell.partition("/")[0]] if "/" in cell else cell.split(",") for (cell,) in names]
+    parts = split(rows, ([name.strip() for name in cell] for cell in names))
+    return {key: parts[key] for key in sorted(parts) if key}
 
 
 def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:

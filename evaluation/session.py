@@ -67,9 +67,8 @@ def open_session(args: argparse.Namespace) -> Session:
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key != "out"}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.
-    for path in inputs:
-        if path is not None and Path(path).exists():
-            settings[f"{path} as of"] = fingerprint(file_stats(Path(path)).values())
+    existing = [path for path in inputs if path is not None and Path(path).exists()]
+    settings |= {f"{path} as of": fingerprint(file_stats(Path(path)).values()) for path in existing}
     name = f"{args.task}-{fingerprint([json.dumps(settings, sort_keys=True).encode()])}"
     folder = args.out or (args.adapter.parent if args.adapter else Path("runs") / "eval") / name
     return Session(policy, args, ReplyCache(folder / "answers.jsonl", settings), folder)
