@@ -180,9 +180,8 @@ def benchmark_task(session: Session) -> dict[str, Any]:
         figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in model_scores)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
-    if (
-        "think" in styles and len(model_scores) > 1
-    ):  # the paper's pairing: the instruction comes with training
+    # The paper's pairing: the instruction comes with training.
+    if "think" in styles and len(model_scores) > 1:
         base, adapted = model_scores
         samples = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
         pairing["direct to think"] = paired(*samples)
@@ -200,8 +199,7 @@ def add_judged(session: Session, scores: Scores, name: str, key: str, samples: l
     rows, replies = [], session.generate(key, prompts, [sample.id for sample in samples], benchmark=True)
     for sample, (text, frame) in zip(samples, replies, strict=True):
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
-        fields = {"fields": sample.fields, "answer": sample.answer}
-        rows.append(None if text is None else judge(sample, text or "", frame) | fields)
+        rows.append(None if text is None else judge(sample, text or "", frame))
     judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders

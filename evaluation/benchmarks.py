@@ -1,6 +1,6 @@
 """Published benchmarks: their files as samples, a model's replies judged, and the official figures.
 
-    rows = [judge(s, ask(s)) | {"fields": s.fields, "answer": s.answer} for s in read_samples("pope", path)]
+    rows = [judge(sample, ask(sample)) for sample in read_samples("pope", path)]
     aggregate("pope", rows)["score"]
 
 Files are VLMEvalKit's tables (a question per row, images in base64) or V*Bench's own folders. They are read
@@ -299,9 +299,10 @@ def image_bytes(path: Path, part: str, in_table: bool) -> bytes:
 def judge(sample: Sample, reply: str, frame: Any = None) -> dict:
     """{"prediction": str or None, "parsed": bool, "right": 0.0 or 1.0}, and for a box its "iou".
 
+    With the "fields" and the "answer" of the sample, by which `aggregate` groups and counts.
     frame: the BoxFrame of the image, where a reply's box is not in its pixels.
     """
-    expected, extra = sample.answer, {}
+    expected, extra = sample.answer, {"fields": sample.fields, "answer": sample.answer}
     options = sample.options or dict.fromkeys("ABCDEFGH", "")  # their texts may be part of the question
     if sample.kind == "box":
         box = box_of(reply)
@@ -382,7 +383,7 @@ def mmvp(rows: list[dict]) -> dict[str, float]:
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
     """A benchmark's official figures: "score" and its parts in points of 100, n, and parse_rate from 0 to 1.
 
-    rows: those of judge(), with the samples' "fields" and "answer". "count" is OCRBench's official figure.
+    rows: those of judge(). "count" is OCRBench's official figure.
     """
     if not rows:
         raise UserError(f"{name} has no judged reply to score: give its file.")

@@ -166,10 +166,8 @@ def test_a_row_that_cannot_be_read_is_left_out_and_the_others_are_read(tmp_path)
 def test_rows_that_cannot_be_read_count_as_wrong_in_every_figure(tmp_path):
     table = [question(0, answer="Yes", category="random"), question(1, answer="", category="random")]
     samples = list(read_samples("pope", write(tmp_path / "POPE.tsv", table)))
-    rows = [
-        judge(sample, "yes") | {"fields": sample.fields, "answer": sample.answer} for sample in samples[:1]
-    ]
-    rows += [judge(samples[1], "") | {"fields": samples[1].fields, "answer": samples[1].answer}]
+    rows = [judge(sample, "yes") for sample in samples[:1]]
+    rows += [judge(samples[1], "")]
     got = aggregate("pope", rows)
     assert (got["accuracy"], got["random accuracy"], got["n"]) == (50, 50, 2)
     rows = [row(1, index="VD_map_1_0_0_0"), row(0, index="7"), row(0)]
@@ -389,10 +387,7 @@ def test_countbenchqa_and_mmvp(tmp_path):
     table[3]["answer"] = ""  # a row that cannot be read spoils its own pair alone
     samples = list(read_samples("mmvp", write(tmp_path / "MMVP.tsv", table)))
     replies = ["A", "A", "A", "B", "A", ""]
-    rows = [
-        judge(sample, reply) | {"fields": sample.fields, "answer": sample.answer}
-        for sample, reply in zip(samples, replies, strict=True)
-    ]
+    rows = [judge(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
     got = aggregate("mmvp", rows)
     # Right are 0, 1, 2 and 5: of the pairs (0, 1), (2, 3) and (4, 5) only the first throughout.
     assert got["score"] == pytest.approx(100 / 3) and got["accuracy"] == pytest.approx(400 / 6)
@@ -438,7 +433,7 @@ def test_every_row_of_the_table_reads_its_kind(tmp_path):
         (sample,) = read_samples(name, path)
         assert sample.kind == benchmark.kind
         reply = {"choice": "(A)", "yesno": "yes", "string": "X!", "box": "[1, 2, 30, 40]"}[benchmark.kind]
-        row = judge(sample, reply) | {"fields": sample.fields, "answer": sample.answer}
+        row = judge(sample, reply)
         if name != "hallusionbench":
             assert aggregate(name, [row])["score"] == 100
     judged = {name for name, benchmark in BENCHMARKS.items() if benchmark.judged}
@@ -630,7 +625,13 @@ def read_one(tmp_path, name: str, **cells):
 def test_boxes_are_judged_in_pixels(tmp_path):
     sample = read_one(tmp_path, "refcoco", answer="[10, 20, 110, 80]")
     hit = judge(sample, "<think>x</think><answer>[10, 20, 110, 80]</answer>")
-    assert hit == {"prediction": "[10.0, 20.0, 110.0, 80.0]", "parsed": True, "right": 1.0, "iou": 1.0}
+    cells = {"fields": sample.fields, "answer": sample.answer}
+    assert hit == cells | {
+        "prediction": "[10.0, 20.0, 110.0, 80.0]",
+        "parsed": True,
+        "right": 1.0,
+        "iou": 1.0,
+    }
     half = judge(sample, "[10, 20, 60, 80]")
     assert half["iou"] == 0.5 and half["right"] == 1  # at 0.5 it counts
     assert judge(sample, "[10, 20, 59, 80]")["right"] == 0
@@ -638,7 +639,7 @@ def test_boxes_are_judged_in_pixels(tmp_path):
     assert judge(sample, "[1, 2, 3, 4] no, [10, 20, 110, 80]")["iou"] == 1
     assert judge(sample, '<answer>{"bbox_2d": [10,20,110,80]}</answer>')["iou"] == 1
     for reply in ("", "nowhere", "[110, 80, 10, 20]", "[1, 2, 3]", "<think>[10, 20, 110, 80]"):
-        assert judge(sample, reply) == {"prediction": None, "parsed": False, "right": 0.0, "iou": 0.0}
+        assert judge(sample, reply) == cells | {"prediction": None, "parsed": False, "right": 0.0, "iou": 0.0}
     frame = BoxFrame(200, 100, 1000, 1000)
     assert judge(sample, "[50, 200, 550, 800]", frame)["iou"] == pytest.approx(1)
     assert judge(sample, "[" * 100_000)["parsed"] is False
