@@ -19,6 +19,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
-    parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
     for name in ("n", "max_new_tokens", "batch"):
@@ -153,11 +153,10 @@ def benchmark_prompt(
 ) -> EncodedPrompt:
     """The prompt of a benchmark's Sample; suppressed: with everything but the evidence black (Table 1)."""
     images = [keep_only(image, *sample.boxes) if suppressed else image for image in sample.images()]
-    if sample.kind == "box":
-        return encode(processor, prompt_text(processor.family, "text", think, text=sample.question), *images)
     option_lines = "\n".join(f"{letter}. {text}" for letter, text in sample.options.items())
-    prompt_kind = "string" if sample.kind == "choice" and not option_lines else sample.kind
-    text = prompt_text(processor.family, prompt_kind, think, question=sample.question, options=option_lines)
+    task = "string" if sample.kind == "choice" and not option_lines else sample.kind
+    fields = {"question": sample.question, "text": sample.question, "options": option_lines}
+    text = prompt_text(processor.family, "text" if task == "box" else task, think, **fields)
     return encode(processor, text, *images)
 
 
@@ -169,40 +168,38 @@ def benchmark_task(session: Session) -> dict[str, Any]:
     samples = list(read_samples(task, Path(args.data)))
     if args.n is not None and args.n < len(samples):  # a random subset covers all parts of the file
         samples = [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), args.n))]
-    can_think = PROMPTS[session.processor.family.template]["think"]
-    styles = ("direct", "think") if can_think else ("direct",)
+    styles = ("direct", "think") if PROMPTS[session.processor.family.template]["think"] else ("direct",)
     model_scores, pairing = [], {}
     for name in session.each_model():
         model_scores.append(scores := Scores({}, {}, []))
         for style in styles:
-            make = partial(benchmark_prompt, processor=session.processor, think=style == "think")
-            add_judged(session, scores, style, f"{name}/{style}", samples, make)
+            add_judged(session, scores, style, f"{name}/{style}", samples, think=style == "think")
         if samples[0].kind == "choice" and any(sample.boxes for sample in samples):
             add_evidence(session, name, samples, model_scores)
     for style in styles:
         figures = " → ".join(f"{scores.summary[style].get('score', 0.0):.1f}" for scores in model_scores)
         rule = " (rule score: officially a model judges)" if BENCHMARKS[task].judged else ""
         print(f"{task}, {style}: {figures}{rule}")
-    if can_think and len(model_scores) > 1:  # the paper's pairing: the instruction comes with training
+    # The paper's pairing: the instruction comes with training.
+    if "think" in styles and len(model_scores) > 1:
         base, adapted = model_scores
         samples = (base.samples["direct"], adapted.samples["think"], base.groups.get("direct"))
         pairing["direct to think"] = paired(*samples)
     return finish(model_scores, pairing)
 
 
-def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, make: Callable) -> None:
-    """Generates replies to samples, judges them, and adds them to a model's scores under `name`."""
-    from evaluation.benchmarks import BENCHMARKS, aggregate, export_predictions, judge
+def add_judged(session: Session, scores: Scores, name: str, key: str, samples: list, **style: bool) -> None:
+    """Generates replies to samples, judges them, and adds them to a model's scores under `name`.
 
-    prompts, ids = LazyList(make, samples), [sample.id for sample in samples]
-    rows, replies = [], session.generate(key, prompts, ids, True)
+    key: of the replies in the cache. style: `think` or `suppressed` of benchmark_prompt.
+    """
+    from evaluation.benchmarks import BENCHMARKS, aggregate, judge
+
+    prompts = LazyList(partial(benchmark_prompt, processor=session.processor, **style), samples)
+    rows, replies = [], session.generate(key, prompts, [sample.id for sample in samples], benchmark=True)
     for sample, (text, frame) in zip(samples, replies, strict=True):
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
-        fields = {"fields": sample.fields, "answer": sample.answer}
-        rows.append(None if text is None else judge(sample, text or "", frame) | fields)
-    if (path := session.args.export_vlmevalkit) and name != "black":
-        suffix = "" if key == ("after/direct" if session.args.adapter else "before/direct") else f"_{key}"
-        export_predictions(path.with_stem(path.stem + suffix.replace("/", "_")), samples, replies)
+        rows.append(None if text is None else judge(sample, text or "", frame))
     judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders
@@ -214,17 +211,16 @@ def add_judged(session: Session, scores: Scores, name: str, key: str, samples: l
 
 def add_evidence(session: Session, name: str, samples: list, model_scores: list[Scores]) -> None:
     """Where a benchmark has boxes of its evidence: suppression, attention, grounding of single objects."""
-    scores, processor = model_scores[-1], session.processor
+    scores, make = model_scores[-1], partial(benchmark_prompt, processor=session.processor)
     right = dict(zip((sample.id for sample in samples), scores.samples["direct"], strict=True))
     boxed_samples = [sample for sample in samples if sample.boxes and not sample.left_out]
-    make = partial(benchmark_prompt, processor=processor)
-    add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, partial(make, suppressed=True))
+    add_judged(session, scores, "black", f"{name}/suppressed", boxed_samples, suppressed=True)
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
     looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
     attention.add_attention(scores, looks)
     single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.target]
-    find_text = partial(prompt_text, processor.family, "text", False)
-    prompts = LazyList(lambda s: encode(processor, find_text(text=s.target), *s.images()), single_boxed)
+    # The prompt for a box is that of RefCOCO.
+    prompts = LazyList(make, [replace(s, kind="box", question=s.target) for s in single_boxed])
     replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single_boxed])
     ious = attention.box_ious(replies, [sample.boxes[0] for sample in single_boxed])
     attention.add_grounding(scores, ious, [right[sample.id] for sample in single_boxed], model_scores[0])

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from evaluation.heldout import HeldOutSet, encode_find, predicted_box, question_names
 from evaluation.replies import box_of
 from evaluation.reply_cache import Reply, cached_generate, cached_values, compute_in_halves
-from evaluation.scores import Scores, kind_rows, mean, split
+from evaluation.scores import Scores, kind_rows, mean, split, with_parts
 from policy import Policy, collate, group_mask, run_text
 from prompts import BoxFrame, EncodedPrompt, Processor
 from reward import Box, iou
@@ -148,11 +148,11 @@ def attention_summary(stats: list[dict | None]) -> dict[str, Any]:
     return {"n": len(measured), "aib_by_layer": by_layer} | means
 
 
-def add_attention(scores: Scores, stats: list[dict | None]) -> None:
-    """Adds attention to a model's scores: samples and their means."""
-    for name, key in (("aib", "mean_aib"), ("chance", "chance"), ("peak", "peak")):
-        scores.samples[name] = [sample and sample[key] for sample in stats]
-    scores.summary["attention"] = attention_summary(stats)
+def add_attention(scores: Scores, stats: list[dict | None], names: Sequence = ()) -> None:
+    """Adds attention to a model's scores: samples and their means, also under each name of a sample."""
+    for task, key in (("aib", "mean_aib"), ("chance", "chance"), ("peak", "peak")):
+        scores.add(task, [sample and sample[key] for sample in stats], names)
+    scores.summary["attention"] = with_parts(attention_summary, stats, names)
 
 
 # ---------------------------------------------------------------- found evidence against right answers
@@ -172,9 +172,12 @@ def band(value: float) -> str:
     return BANDS[0] if value == 0 else BANDS[1] if value < 0.5 else BANDS[2]
 
 
-def grounding_summary(ious: list[float | None], right: list[float | None]) -> dict[str, Any]:
-    """Are answers right where the evidence is found (Fig. 2)? Accuracy by band, IoU by answer, and counts."""
-    pairs = [pair for pair in zip(ious, right, strict=True) if None not in pair]
+def grounding_summary(pairs: list[tuple[float | None, float | None]]) -> dict[str, Any]:
+    """Are answers right where the evidence is found (Fig. 2)? Accuracy by band, IoU by answer, and counts.
+
+    pairs: for each question the IoU of the box, and whether the answer is right (1 or 0).
+    """
+    pairs = [pair for pair in pairs if None not in pair]
     hits = {name: [hit for value, hit in pairs if band(value) == name] for name in BANDS}
     by_band = {name: {"accuracy": mean(part), "n": len(part)} for name, part in hits.items()}
     summary: dict[str, Any] = {"n": len(pairs), "accuracy": by_band}
@@ -188,17 +191,19 @@ def grounding_summary(ious: list[float | None], right: list[float | None]) -> di
     return summary | {"counts": {name: outcomes.count(cell) for name, cell in zip(names, cells)}}
 
 
-def add_grounding(scores: Scores, ious: list, right: list, base: Scores) -> None:
+def add_grounding(scores: Scores, ious: list, right: list, base: Scores, names: Sequence = ()) -> None:
     """Adds grounding to a model's scores: IoUs and right answers (1 or 0) of the same questions.
 
     base: the scores of the base model. Its IoUs choose the band of a sample, so before and after are paired.
+    names: of each question; what is found counts under each of them too.
     """
-    scores.summary["grounding"], scores.samples["grounding"] = grounding_summary(ious, right), ious
-    for name in BANDS:
-        pairs = zip(right, base.samples["grounding"], strict=True)
-        scores.samples[name] = [hit for hit, value in pairs if value is not None and band(value) == name]
-    pairs = [None if None in pair else pair for pair in zip(ious, right, strict=True)]
-    scores.samples["found"] = [pair and float(pair[0] >= 0.5) for pair in pairs]
+    pairs = list(zip(ious, right, strict=True))
+    scores.summary["grounding"] = with_parts(grounding_summary, pairs, names)
+    scores.add("grounding", ious, names)
+    by_band = split(right, [() if iou is None else (band(iou),) for iou in base.samples["grounding"]])
+    scores.samples |= {name: by_band.get(name, []) for name in BANDS}
+    pairs = [None if None in pair else pair for pair in pairs]
+    scores.add("found", [pair and float(pair[0] >= 0.5) for pair in pairs], names)
     scores.samples["misread"] = [pair and float(pair[0] >= 0.5 and not pair[1]) for pair in pairs]
     scores.samples["not found"] = [pair and float(pair[0] < 0.5 and not pair[1]) for pair in pairs]
 
@@ -233,14 +238,7 @@ def analyse_questions(
     pairs = zip(texts, held.question_prompts, strict=True)
     find_prompts = [encode_find(policy.processor, text, prompt.images[0]) for text, prompt in pairs]
     ious = box_ious(cached_generate(policy, cache, f"{name}/grounding", find_prompts, limits), boxes)
-    add_grounding(scores, ious, right, base)
+    add_grounding(scores, ious, right, base, names)
     prompts = prefixed_questions(policy.processor, held)
     stats = measure_attention(policy, cache, f"{name}/looks", prompts, [[box] for box in boxes], limits[1])
-    add_attention(scores, stats)
-    for task in ("grounding", "found", "aib", "chance", "peak"):
-        scores.add(task, scores.samples[task], names)
-    pairs = split(list(zip(ious, right, strict=True)), names)
-    by_kind = {kind: grounding_summary(*zip(*part, strict=True)) for kind, part in pairs.items()}
-    scores.summary["grounding"]["by_kind"] = by_kind
-    by_kind = {kind: attention_summary(part) for kind, part in split(stats, names).items()}
-    scores.summary["attention"]["by_kind"] = by_kind
+    add_attention(scores, stats, names)

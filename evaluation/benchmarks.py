@@ -1,6 +1,6 @@
 """Published benchmarks: their files as samples, a model's replies judged, and the official figures.
 
-    rows = [judge(s, ask(s)) | {"fields": s.fields, "answer": s.answer} for s in read_samples("pope", path)]
+    rows = [judge(sample, ask(sample)) for sample in read_samples("pope", path)]
     aggregate("pope", rows)["score"]
 
 Files are VLMEvalKit's tables (a question per row, images in base64) or V*Bench's own folders. They are read
@@ -15,9 +15,8 @@ import io
 import json
 import random
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,13 +26,13 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from evaluation.replies import answer_parts, box_of, choice_of, contains, yes_no
-from evaluation.scores import mean
+from evaluation.scores import mean, split
 from files.errors import UserError
 from files.pictures import FORMATS, SUFFIXES, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
-OPENXLAB = "opencompass.openxlab.space/utils/"
+COMPASS = "opencompass.openxlab.space/utils/"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Benchmark:
 
     file: str  # name or pattern, or several: "a.tsv or b.tsv"
     kind: str = "choice"  # choice | yesno | box | string
-    source: str = OPENXLAB + "VLMEval"  # or a data set of huggingface.co
+    source: str = COMPASS + "VLMEval"  # or a data set of huggingface.co
     over: tuple[str, ...] = ()  # the score is the mean over the groups of these columns, nested
     own: str = ""  # glob of the data set's own files, where it has a folder of them
     judged: bool = False  # officially a model judges the replies, so our score by rules is not comparable
@@ -73,9 +72,7 @@ BENCHMARKS = {
     **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), REFCOCO),
     # VLMEvalKit unpacks BabyVision two folders below its own.
     "babyvision": JUDGED("BabyVision.tsv", source="UnipatAI/BabyVision", own="**/meta_data.jsonl"),
-    "mathverse": JUDGED(
-        "MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=f"{OPENXLAB}benchmarks/MathVerse"
-    ),
+    "mathverse": JUDGED("MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=COMPASS + "benchmarks/MathVerse"),
     **{name.lower(): JUDGED(f"{name}.tsv") for name in ("MathVision", "WeMath", "LogicVista")},
 }
 
@@ -302,9 +299,10 @@ def image_bytes(path: Path, part: str, in_table: bool) -> bytes:
 def judge(sample: Sample, reply: str, frame: Any = None) -> dict:
     """{"prediction": str or None, "parsed": bool, "right": 0.0 or 1.0}, and for a box its "iou".
 
+    With the "fields" and the "answer" of the sample, by which `aggregate` groups and counts.
     frame: the BoxFrame of the image, where a reply's box is not in its pixels.
     """
-    expected, extra = sample.answer, {}
+    expected, extra = sample.answer, {"fields": sample.fields, "answer": sample.answer}
     options = sample.options or dict.fromkeys("ABCDEFGH", "")  # their texts may be part of the question
     if sample.kind == "box":
         box = box_of(reply)
@@ -330,13 +328,11 @@ def groups(rows: list[dict], column: str) -> dict[str, list[dict]]:
 
     "popular,random" are two categories, and "Perception/OCR" is itself and "Perception".
     """
-    by_cell = defaultdict(list)
-    for row in rows:
-        cell = row["fields"].get(column, "")
-        categories = [cell, cell.partition("/")[0]] if "/" in cell else cell.split(",")
-        for key in categories if column == "category" else [cell]:
-            by_cell[key.strip()].append(row)
-    return {key: by_cell[key] for key in sorted(by_cell) if key}
+    names = [[row["fields"].get(column, "")] for row in rows]
+    if column == "category":
+        names = [[cell, cell.partition("/")[0]] if "/" in cell else cell.split(",") for (cell,) in names]
+    parts = split(rows, ([name.strip() for name in cell] for cell in names))
+    return {key: parts[key] for key in sorted(parts) if key}
 
 
 def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
@@ -344,6 +340,11 @@ def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
     if not over:
         return 100 * mean(row["right"] for row in rows)
     return mean(accuracy(group, over[1:]) for group in groups(rows, over[0]).values())
+
+
+def right_throughout(rows: list[dict], keys: list) -> float:
+    """Share of the groups (rows of the same key) that are right throughout, in points of 100."""
+    return 100 * mean(map(min, split([row["right"] for row in rows], zip(keys)).values()))
 
 
 def pope(rows: list[dict]) -> dict[str, float]:
@@ -365,26 +366,24 @@ def hallusion(rows: list[dict]) -> dict[str, float]:
 
     The paper's 68.0 fits aAcc; VLMEvalKit reports the mean of the three.
     """
-    figures = {"aAcc": accuracy(rows)}
-    for name, place in (("fAcc", 4), ("qAcc", 5)):  # an index ends in _set_figure_question
-        right = defaultdict(list)
-        for row in rows:
-            ids = (row["fields"].get("index", "") + "_____").split("_")
-            right[row["fields"].get("l2-category"), ids[3], ids[place]].append(row["right"])
-        figures[name] = 100 * mean(min(hits) for hits in right.values())
+    figures, fields = {"aAcc": accuracy(rows)}, [row["fields"] for row in rows]
+    ids = [(cells.get("index", "") + "_____").split("_") for cells in fields]  # …_set_figure_question
+    for name, place in (("fAcc", 4), ("qAcc", 5)):
+        keys = [(cells.get("l2-category"), x[3], x[place]) for cells, x in zip(fields, ids)]
+        figures[name] = right_throughout(rows, keys)
     return figures | {"score": figures["aAcc"], "mean": mean(figures.values())}
 
 
 def mmvp(rows: list[dict]) -> dict[str, float]:
     """Share of the pairs of images whose question is answered right for both; and the plain accuracy."""
-    pairs = [[row["right"] for row in pair] for pair in groups(rows, "pair").values()]
-    return {"score": 100 * mean(map(min, pairs)), "accuracy": accuracy(rows)}
+    pairs = [row["fields"].get("pair") for row in rows]
+    return {"score": right_throughout(rows, pairs), "accuracy": accuracy(rows)}
 
 
 def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
     """A benchmark's official figures: "score" and its parts in points of 100, n, and parse_rate from 0 to 1.
 
-    rows: those of judge(), with the samples' "fields" and "answer". "count" is OCRBench's official figure.
+    rows: those of judge(). "count" is OCRBench's official figure.
     """
     if not rows:
         raise UserError(f"{name} has no judged reply to score: give its file.")
@@ -397,30 +396,3 @@ def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
         by_category |= {key: accuracy(group, over) for key, group in groups(rows, column).items()}
     figures |= {f"category {key}" if key in figures else key: value for key, value in by_category.items()}
     return figures | {"pope": pope, "hallusionbench": hallusion, "mmvp": mmvp}.get(name, lambda _: {})(rows)
-
-
-# ---------------------------------------------------------------- to VLMEvalKit
-
-
-def export_predictions(path: Path, samples: list[Sample], replies: Iterable[tuple]) -> None:
-    """A table that VLMEvalKit's evaluate reads: the columns of the file, and each reply without its thoughts.
-
-    replies: (text, BoxFrame) for each sample. Rows that cannot be read are not in the table.
-    """
-    rows = []
-    for sample, (text, frame) in zip(samples, replies, strict=True):
-        if not sample.answers:
-            continue
-        prediction, row = answer_parts(text or "")[-1].strip(), dict(sample.row)
-        if sample.kind == "box":  # in shares of the sides; the split is a part of the index
-            box = replace(frame, width=1, height=1).to_pixels(box_of(text or "") or (0, 0, 0, 0))
-            prediction = str([min(1.0, max(0.0, share)) for share in box])
-            row["index"] = f"{row['split'].replace(' ', '_')}_{row['index']}"
-        # The space keeps pandas from reading an empty reply, or "None", as a missing one.
-        rows.append(row | {"prediction": prediction + " "})
-    left_out = ("image", "image_path", "pair")
-    columns = dict.fromkeys(name for row in rows for name in row if name not in left_out)
-    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        table = csv.DictWriter(file, columns, "", "ignore", delimiter="\t", quoting=csv.QUOTE_ALL)
-        table.writeheader()
-        table.writerows(rows)

@@ -189,13 +189,12 @@ def question_summary(right: list[float | None], scene_questions: list[tuple[Scen
         part = paired([0.0] * len(hits), hits)  # the change from 0 is the mean itself
         summary["by_kind"][name] = {"accuracy": part.pop("change")} | part
     columns = {
-        "objects": [len(scene.objects) for scene, _ in scene_questions],
-        "size": [question.evidence.size for _, question in scene_questions],
-        "tokens": [scenes.num_cells(question.evidence.box) for _, question in scene_questions],
+        "by_objects": [[len(scene.objects)] for scene, _ in scene_questions],
+        "by_size": [[question.evidence.size] for _, question in scene_questions],
+        "by_tokens": [[scenes.num_cells(question.evidence.box)] for _, question in scene_questions],
     }
     for key, column in columns.items():
-        parts = split(right, ([value] for value in column))
-        summary[f"by_{key}"] = {str(value): mean(parts[value]) for value in sorted(parts)}
+        summary[key] = {str(value): mean(hits) for value, hits in sorted(split(right, column).items())}
     return summary
 
 

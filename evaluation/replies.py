@@ -8,9 +8,8 @@ from reward import Box, answer_of
 LATEX = re.compile(r"\\[A-Za-z]+|[{}$_\ue000-\uf8ff]")  # and Markdown's _, and the marks of option_marks()
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,99}\}){0,999})\}")
 NOUN = r"(?:answer|letter|(?:correct|right|best|final) (?:option|choice))"
-ANSWER_IS = re.compile(
-    rf"\b{NOUN}\b[\s*_\"]{{0,4}}(?:(?:is|should be|would be|must be)\b|:|(?<=\s)-\s)[\s:*]{{0,8}}", re.I
-)
+IS = r"(?:(?:is|should be|would be|must be)\b|:|(?<=\s)-\s)"
+ANSWER_IS = re.compile(rf"\b{NOUN}\b[\s*_\"]{{0,4}}{IS}[\s:*]{{0,8}}", re.I)
 # A letter outside words, units ("°C"), abbreviations ("e.g.", "C++"), "I'm" and compounds ("A-frame").
 CHAR = r"[^\W\u3000-\u9fff]"  # of a word; Chinese has no spaces between words
 BEFORE = rf"(?<!{CHAR}|°)(?<!{CHAR}['’.+&/-])"
@@ -25,9 +24,8 @@ LEADING = re.compile(rf"\A{LABEL}({LETTER})(?!{OTHER})", re.I)
 # A letter that the words before it choose; there, a capital "A" is no article but before an option's text.
 KEYWORDS = "option|choice|answer|so|thus|hence|therefore|must be|should be|choose|pick|select|go with"
 STATED = rf"(?-i:{BEFORE}A{AFTER}(?! ?[\ue000-\uf8ff]))|{LETTER}"
-NAMED = re.compile(
-    rf"(?:(?<!\bor )\b(?:{KEYWORDS})\b|[选择项案是为])[\s,:*(\"'\[]{{0,6}}({STATED})(?! or\b)", re.I
-)
+KEYWORD = rf"(?:(?<!\bor )\b(?:{KEYWORDS})\b|[选择项案是为])"
+NAMED = re.compile(rf"{KEYWORD}[\s,:*(\"'\[]{{0,6}}({STATED})(?! or\b)", re.I)
 # What a reply excludes ("not A", "neither A nor B", "C is wrong"), and what it lists ("A. red / B. blue").
 MARK = r"[\ue000-\uf8ff]"
 TOKEN = rf"(?:{LETTER}[)\"'*\]]{{0,3}}(?:[.:]?\s?{MARK})?|{MARK}[)\"'*\]]{{0,3}})"

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,17 +40,27 @@ def mean(values: Iterable[float | None]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def split(values: Sequence, names: Iterable[Iterable[str]]) -> dict[str, list]:
-    """The values under each of their names.
+def split(values: Sequence, names: Iterable[Iterable[str]] = ()) -> dict[str, list]:
+    """The values under each of their names; {} without names.
 
     >>> split([1, 0], [("place", "place_tiny"), ("place", "place_large")])
     {'place': [1, 0], 'place_tiny': [1], 'place_large': [0]}
     """
     parts: dict[str, list] = {}
-    for value, names_of_value in zip(values, names, strict=True):
+    for value, names_of_value in zip(values, names or [()] * len(values), strict=True):
         for name in names_of_value:
             parts.setdefault(name, []).append(value)
     return parts
+
+
+def with_parts(summarize: Callable, values: Sequence, names: Iterable[Iterable[str]] = ()) -> dict[str, Any]:
+    """The summary of the values; where they have names also `by_kind`, the summary of each name's values.
+
+    >>> with_parts(lambda values: {"n": len(values)}, [1, 0], [("place",), ("shape",)])
+    {'n': 2, 'by_kind': {'place': {'n': 1}, 'shape': {'n': 1}}}
+    """
+    parts = {name: summarize(part) for name, part in split(values, names).items()}
+    return summarize(values) | ({"by_kind": parts} if parts else {})
 
 
 def paired(before: list[float | None], after: list[float | None], groups: list | None = None) -> dict:
@@ -81,7 +91,7 @@ class Scores:
     boxes: list[Box | None]  # the predicted box of each cue, in pixels of the full image
     groups: dict[str, list] = field(default_factory=dict)  # for `paired`, where samples are not independent
 
-    def add(self, task: str, values: Sequence, names: Iterable[Iterable[str]]) -> None:
+    def add(self, task: str, values: Sequence, names: Iterable[Iterable[str]] = ()) -> None:
         """Adds a list of samples, and its part of each name as `task_name`."""
         parts = split(values, names)
         self.samples |= {task: list(values)} | {f"{task}_{name}": part for name, part in parts.items()}

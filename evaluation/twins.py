@@ -94,7 +94,7 @@ def forced_choice(policy: Policy, items: list[tuple[EncodedPrompt, Cue, Cue]]) -
 
 def add_twins(scores: Scores, values: dict[str, list]) -> None:
     """Adds the values of measure_twins to a model's scores: samples, also by size, and their means."""
-    summary = scores.summary["twins"] = {"n": len(values["size"])}
-    for name in values.keys() - {"size"}:
+    means = {name: mean(column) for name, column in values.items() if name != "size"}
+    scores.summary["twins"] = {"n": len(values["size"])} | means
+    for name in means:
         scores.add(f"twins_{name}", values[name], zip(values["size"]))
-        summary[name] = mean(values[name])

@@ -154,7 +154,7 @@ def test_boxes_count_with_or_without_an_answer_block():
 
 def test_grounding_against_answers_by_hand():
     ious, right = [0.0, 0.0, 0.3, 0.5, 0.9, None], [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    got = grounding_summary(ious, right)
+    got = grounding_summary(list(zip(ious, right, strict=True)))
     assert got["n"] == 5
     assert [part["n"] for part in got["accuracy"].values()] == [2, 1, 2]
     assert [part["accuracy"] for part in got["accuracy"].values()] == [0.5, 0.0, 0.5]

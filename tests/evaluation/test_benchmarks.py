@@ -18,7 +18,6 @@ from evaluation.benchmarks import (
     BENCHMARKS,
     aggregate,
     choice_of,
-    export_predictions,
     judge,
     read_samples,
     yes_no,
@@ -167,10 +166,8 @@ def test_a_row_that_cannot_be_read_is_left_out_and_the_others_are_read(tmp_path)
 def test_rows_that_cannot_be_read_count_as_wrong_in_every_figure(tmp_path):
     table = [question(0, answer="Yes", category="random"), question(1, answer="", category="random")]
     samples = list(read_samples("pope", write(tmp_path / "POPE.tsv", table)))
-    rows = [
-        judge(sample, "yes") | {"fields": sample.fields, "answer": sample.answer} for sample in samples[:1]
-    ]
-    rows += [judge(samples[1], "") | {"fields": samples[1].fields, "answer": samples[1].answer}]
+    rows = [judge(sample, "yes") for sample in samples[:1]]
+    rows += [judge(samples[1], "")]
     got = aggregate("pope", rows)
     assert (got["accuracy"], got["random accuracy"], got["n"]) == (50, 50, 2)
     rows = [row(1, index="VD_map_1_0_0_0"), row(0, index="7"), row(0)]
@@ -390,43 +387,10 @@ def test_countbenchqa_and_mmvp(tmp_path):
     table[3]["answer"] = ""  # a row that cannot be read spoils its own pair alone
     samples = list(read_samples("mmvp", write(tmp_path / "MMVP.tsv", table)))
     replies = ["A", "A", "A", "B", "A", ""]
-    rows = [
-        judge(sample, reply) | {"fields": sample.fields, "answer": sample.answer}
-        for sample, reply in zip(samples, replies, strict=True)
-    ]
+    rows = [judge(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
     got = aggregate("mmvp", rows)
     # Right are 0, 1, 2 and 5: of the pairs (0, 1), (2, 3) and (4, 5) only the first throughout.
     assert got["score"] == pytest.approx(100 / 3) and got["accuracy"] == pytest.approx(400 / 6)
-
-
-def exported(path: Path) -> list[dict]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def test_predictions_for_vlmevalkit(tmp_path):
-    table = [question(index, hint="h", category="x", D="") for index in range(4)] + [question(9, answer="Q")]
-    samples = list(read_samples("mmstar", write(tmp_path / "MMStar.tsv", table)))
-    texts = ['<think>A or\tB</think>\nThe "answer" is B.\r\nSo B', None, "", "<think>no end", False]
-    export_predictions(tmp_path / "out.tsv", samples, [(text, BoxFrame(8, 8, 8, 8)) for text in texts])
-    rows = exported(tmp_path / "out.tsv")
-    assert list(rows[0]) == ["index", "question", "A", "B", "answer", "hint", "category", "prediction"]
-    assert [row["index"] for row in rows] == ["0", "1", "2", "3"], "a row that cannot be read is not in it"
-    assert rows[0]["prediction"].strip() == 'The "answer" is B.\r\nSo B'
-    assert [row["prediction"] for row in rows[1:]] == [" "] * 3, "pandas reads an empty cell as missing"
-
-
-def test_predicted_boxes_for_vlmevalkit_are_shares_with_the_split_in_the_index(tmp_path):
-    row = {"image": png("red", (200, 100)), "question": "Q", "answer": "[0.1, 0.2, 0.55, 0.8]"}
-    table = [row | {"index": i, "category": f"RefCOCO {split}"} for i, split in enumerate(("val", "testA"))]
-    samples = list(read_samples("refcoco", write(tmp_path / "RefCOCO.tsv", table)))
-    frame = BoxFrame(200, 100, 1000, 1000)
-    replies = [("<think>[1, 2, 3, 4]</think>[100, 200, 550, 1200]", frame), ("nowhere", frame)]
-    export_predictions(tmp_path / "out.tsv", samples, replies)
-    first, second = exported(tmp_path / "out.tsv")
-    assert (first["index"], second["index"]) == ("RefCOCO_val_0", "RefCOCO_testA_1")
-    assert json.loads(first["prediction"]) == pytest.approx([0.1, 0.2, 0.55, 1])
-    assert json.loads(second["prediction"]) == [0, 0, 0, 0]
 
 
 def test_other_columns_of_options_and_answers(tmp_path):
@@ -469,7 +433,7 @@ def test_every_row_of_the_table_reads_its_kind(tmp_path):
         (sample,) = read_samples(name, path)
         assert sample.kind == benchmark.kind
         reply = {"choice": "(A)", "yesno": "yes", "string": "X!", "box": "[1, 2, 30, 40]"}[benchmark.kind]
-        row = judge(sample, reply) | {"fields": sample.fields, "answer": sample.answer}
+        row = judge(sample, reply)
         if name != "hallusionbench":
             assert aggregate(name, [row])["score"] == 100
     judged = {name for name, benchmark in BENCHMARKS.items() if benchmark.judged}
@@ -661,7 +625,13 @@ def read_one(tmp_path, name: str, **cells):
 def test_boxes_are_judged_in_pixels(tmp_path):
     sample = read_one(tmp_path, "refcoco", answer="[10, 20, 110, 80]")
     hit = judge(sample, "<think>x</think><answer>[10, 20, 110, 80]</answer>")
-    assert hit == {"prediction": "[10.0, 20.0, 110.0, 80.0]", "parsed": True, "right": 1.0, "iou": 1.0}
+    cells = {"fields": sample.fields, "answer": sample.answer}
+    assert hit == cells | {
+        "prediction": "[10.0, 20.0, 110.0, 80.0]",
+        "parsed": True,
+        "right": 1.0,
+        "iou": 1.0,
+    }
     half = judge(sample, "[10, 20, 60, 80]")
     assert half["iou"] == 0.5 and half["right"] == 1  # at 0.5 it counts
     assert judge(sample, "[10, 20, 59, 80]")["right"] == 0
@@ -669,7 +639,7 @@ def test_boxes_are_judged_in_pixels(tmp_path):
     assert judge(sample, "[1, 2, 3, 4] no, [10, 20, 110, 80]")["iou"] == 1
     assert judge(sample, '<answer>{"bbox_2d": [10,20,110,80]}</answer>')["iou"] == 1
     for reply in ("", "nowhere", "[110, 80, 10, 20]", "[1, 2, 3]", "<think>[10, 20, 110, 80]"):
-        assert judge(sample, reply) == {"prediction": None, "parsed": False, "right": 0.0, "iou": 0.0}
+        assert judge(sample, reply) == cells | {"prediction": None, "parsed": False, "right": 0.0, "iou": 0.0}
     frame = BoxFrame(200, 100, 1000, 1000)
     assert judge(sample, "[50, 200, 550, 800]", frame)["iou"] == pytest.approx(1)
     assert judge(sample, "[" * 100_000)["parsed"] is False

@@ -129,6 +129,7 @@ def test_scores_have_the_pairs_also_by_size():
     add_twins(scores, values)
     assert scores.samples["twins_forced"] == [1, 0.5, 0] and scores.samples["twins_forced_tiny"] == [1, 0]
     assert scores.summary["twins"] == {"n": 3, "forced": 0.5, "swap": pytest.approx(1 / 3)}
+    assert list(scores.summary["twins"]) == ["n", "forced", "swap"], "the same order in every process"
     assert set(twins.ROWS.values()) >= {"twins_forced", "twins_swap"}
 
 
