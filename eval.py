@@ -50,6 +50,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=int, help="of a reply")
     parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
+    parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
     for name in ("n", "max_new_tokens", "batch"):
@@ -193,13 +194,16 @@ def add_judged(session: Session, scores: Scores, name: str, key: str, samples: l
 
     key: of the replies in the cache. style: `think` or `suppressed` of benchmark_prompt.
     """
-    from evaluation.benchmarks import BENCHMARKS, aggregate, judge
+    from evaluation.benchmarks import BENCHMARKS, aggregate, export_predictions, judge
 
     prompts = LazyList(partial(benchmark_prompt, processor=session.processor, **style), samples)
     rows, replies = [], session.generate(key, prompts, [sample.id for sample in samples], benchmark=True)
     for sample, (text, frame) in zip(samples, replies, strict=True):
         sample.left_out = text is False  # its image cannot be read: the reply is wrong, as an empty one
         rows.append(None if text is None else judge(sample, text or "", frame))
+    if (path := session.args.export_vlmevalkit) and name != "black":
+        suffix = "" if key == ("after/direct" if session.args.adapter else "before/direct") else f"_{key}"
+        export_predictions(path.with_stem(path.stem + suffix.replace("/", "_")), samples, replies)
     judged_rows = [row for row in rows if row is not None]
     scores.samples[name] = [row and row["right"] for row in rows]
     if "cycle_category" in BENCHMARKS[session.args.task].over:  # HR-Bench asks a question in several orders

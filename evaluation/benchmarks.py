@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
@@ -396,3 +396,30 @@ def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
         by_category |= {key: accuracy(group, over) for key, group in groups(rows, column).items()}
     figures |= {f"category {key}" if key in figures else key: value for key, value in by_category.items()}
     return figures | {"pope": pope, "hallusionbench": hallusion, "mmvp": mmvp}.get(name, lambda _: {})(rows)
+
+
+# ---------------------------------------------------------------- to VLMEvalKit
+
+
+def export_predictions(path: Path, samples: list[Sample], replies: Iterable[tuple]) -> None:
+    """A table that VLMEvalKit's evaluate reads: the columns of the file, and each reply without its thoughts.
+
+    replies: (text, BoxFrame) for each sample. Rows that cannot be read are not in the table.
+    """
+    rows = []
+    for sample, (text, frame) in zip(samples, replies, strict=True):
+        if not sample.answers:
+            continue
+        prediction, row = answer_parts(text or "")[-1].strip(), dict(sample.row)
+        if sample.kind == "box":  # in shares of the sides; the split is a part of the index
+            box = replace(frame, width=1, height=1).to_pixels(box_of(text or "") or (0, 0, 0, 0))
+            prediction = str([min(1.0, max(0.0, share)) for share in box])
+            row["index"] = f"{row['split'].replace(' ', '_')}_{row['index']}"
+        # The space keeps pandas from reading an empty reply, or "None", as a missing one.
+        rows.append(row | {"prediction": prediction + " "})
+    left_out = ("image", "image_path", "pair")
+    columns = dict.fromkeys(name for row in rows for name in row if name not in left_out)
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictWriter(file, columns, "", "ignore", delimiter="\t", quoting=csv.QUOTE_ALL)
+        table.writeheader()
+        table.writerows(rows)

@@ -14,6 +14,7 @@ from models import device_and_dtype, load_adapter, load_policy
 from policy import Policy
 from prompts import PROMPTS, Processor
 
+OUTPUTS = ("out", "export_vlmevalkit")  # flags that change no reply
 MAX_TOKENS = 8192  # of a reply to a benchmark by a model that is told to think: the paper's limit
 
 
@@ -63,8 +64,7 @@ def open_session(args: argparse.Namespace) -> Session:
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
     policy = load_adapter(policy, args.adapter) if args.adapter else policy
     policy.processor.family = replace(policy.processor.family, cue_text=args.cue_prompt or "")
-    # All flags that can change a reply.
-    settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key != "out"}
+    settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.
     existing = [path for path in inputs if path is not None and Path(path).exists()]

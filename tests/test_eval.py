@@ -195,13 +195,16 @@ def test_an_empty_reply_is_a_reply(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_table_of_ones_own(adapter, tmp_path):
+def test_a_table_of_ones_own_and_its_predictions(adapter, tmp_path):
     rows = ["index\timage\tquestion\tA\tB\tanswer"]
     rows += [f"{i}\t{png_cell(noise((60, 40), i))}\tWhat?\tred\tblue\tA" for i in range(3)]
     (tmp_path / "mine.tsv").write_text("\n".join(rows) + "\n")
-    flags = ("--adapter", adapter, "--out", tmp_path / "out")
+    flags = ("--adapter", adapter, "--out", tmp_path / "out", "--export-vlmevalkit", tmp_path / "table.tsv")
     code, results = run("table", "--data", tmp_path / "mine.tsv", *flags)
     assert code == 0 and results["after"]["direct"]["n"] == 3
+    for name in ("table.tsv", "table_before_direct.tsv"):
+        header, *lines = (tmp_path / name).read_text().splitlines()
+        assert header.split("\t")[-1] == '"prediction"' and len(lines) == 3 and "<think>" not in lines[0]
 
 
 def test_both_prompts_of_a_family_that_thinks(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from evaluation.benchmarks import (
     BENCHMARKS,
     aggregate,
     choice_of,
+    export_predictions,
     judge,
     read_samples,
     yes_no,
@@ -391,6 +392,36 @@ def test_countbenchqa_and_mmvp(tmp_path):
     got = aggregate("mmvp", rows)
     # Right are 0, 1, 2 and 5: of the pairs (0, 1), (2, 3) and (4, 5) only the first throughout.
     assert got["score"] == pytest.approx(100 / 3) and got["accuracy"] == pytest.approx(400 / 6)
+
+
+def exported(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_predictions_for_vlmevalkit(tmp_path):
+    table = [question(index, hint="h", category="x", D="") for index in range(4)] + [question(9, answer="Q")]
+    samples = list(read_samples("mmstar", write(tmp_path / "MMStar.tsv", table)))
+    texts = ['<think>A or\tB</think>\nThe "answer" is B.\r\nSo B', None, "", "<think>no end", False]
+    export_predictions(tmp_path / "out.tsv", samples, [(text, BoxFrame(8, 8, 8, 8)) for text in texts])
+    rows = exported(tmp_path / "out.tsv")
+    assert list(rows[0]) == ["index", "question", "A", "B", "answer", "hint", "category", "prediction"]
+    assert [row["index"] for row in rows] == ["0", "1", "2", "3"], "a row that cannot be read is not in it"
+    assert rows[0]["prediction"].strip() == 'The "answer" is B.\r\nSo B'
+    assert [row["prediction"] for row in rows[1:]] == [" "] * 3, "pandas reads an empty cell as missing"
+
+
+def test_predicted_boxes_for_vlmevalkit_are_shares_with_the_split_in_the_index(tmp_path):
+    row = {"image": png("red", (200, 100)), "question": "Q", "answer": "[0.1, 0.2, 0.55, 0.8]"}
+    table = [row | {"index": i, "category": f"RefCOCO {split}"} for i, split in enumerate(("val", "testA"))]
+    samples = list(read_samples("refcoco", write(tmp_path / "RefCOCO.tsv", table)))
+    frame = BoxFrame(200, 100, 1000, 1000)
+    replies = [("<think>[1, 2, 3, 4]</think>[100, 200, 550, 1200]", frame), ("nowhere", frame)]
+    export_predictions(tmp_path / "out.tsv", samples, replies)
+    first, second = exported(tmp_path / "out.tsv")
+    assert (first["index"], second["index"]) == ("RefCOCO_val_0", "RefCOCO_testA_1")
+    assert json.loads(first["prediction"]) == pytest.approx([0.1, 0.2, 0.55, 1])
+    assert json.loads(second["prediction"]) == [0, 0, 0, 0]
 
 
 def test_other_columns_of_options_and_answers(tmp_path):
