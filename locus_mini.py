@@ -43,10 +43,8 @@ from reward import Reward, reward
 from training import checks, learning, pictures, run_folder
 from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
-from training.evaluator import no_scores
-from training.experiment import open_experiment, run_experiment
+from training.experiment import run_experiment
 from training.memory import phase, step_metrics
-from training.metrics import completion_metrics
 from training.trackers import open_tracker
 
 FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
@@ -348,7 +346,7 @@ def train_step(
     advantages = group_advantages(rewards, cfg.loss)  # [B, G]
     # 5. Update: raise the probability of what was better, within the clip range and near the reference.
     metrics = task.update(policy, optimizer, batch, rollouts, advantages, step, cfg)
-    metrics = completion_metrics(rewards, scored, rollouts, advantages) | metrics
+    metrics = learning.completion_metrics(rewards, scored, rollouts, advantages) | metrics
     metrics = {"step": step, "frac_groups_not_finite": 1 - finite.float().mean().item()} | metrics
     # To show: the group that teaches most.
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
@@ -360,11 +358,12 @@ def train_step(
 
 
 def train(
-    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS, evaluate=no_scores
-) -> None:
+    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS,
+    evaluate: Callable = lambda step: {},
+) -> None:  # fmt: skip
     """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl.
 
-    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (training/evaluator.py).
+    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (training/learning.py).
     """
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -391,8 +390,6 @@ def train(
                 pictures.draw_group(group, folder / "group.png")
             elif not (interruption.requested or diverged or is_best or (step + 1) % cfg.save_every == 0):
                 continue
-            # Metrics before the checkpoint: resuming needs a line for each of its steps.
-            run_folder.sync(folder / "metrics.jsonl")
             run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state, is_best)
             if diverged:
                 raise UserError(diverged)
@@ -402,8 +399,7 @@ def train(
 
 def run(flags: dict[str, Any], task: Task = LOCUS) -> None:
     """A run, new or resumed: measure the base model on held-out cues, train, measure again."""
-    experiment = open_experiment(flags, task.name)
-    run_experiment(experiment, partial(train, task=task), task.encode)
+    run_experiment(flags, task.name, partial(train, task=task), task.encode)
 
 
 def main() -> None:

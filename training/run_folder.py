@@ -88,9 +88,8 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
         tracker = {} if cfg.report_to == "none" else {"tracker_run": uuid4().hex[:8]}
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
-    old_path = files_path if files_path.exists() else None  # runs of older versions have none
     find_change = partial(first_change, new=dict(files))
-    change = read_input("resume", old_path, "inputs.json of a run", find_change)
+    change = read_input("resume", files_path, "inputs.json of a run", find_change)
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
@@ -123,19 +122,12 @@ def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "")
 
 def first_change(text: str, new: dict[str, dict]) -> str:
     """The input file that was added, removed or changed, or "". text: inputs.json; new: of `input_files`."""
-    old = json.loads(text or "{}")
+    old = json.loads(text)
     for path in old.keys() & new.keys():
         for name in sorted(dict(old[path].items() ^ new[path].items())):
             change = "was added" if name not in old[path] else "has changed"
             return f" ({path if name == '.' else name} {change if name in new[path] else 'was removed'})"
     return ""
-
-
-def weight_samples(model: torch.nn.Module) -> Iterator[bytes]:
-    """About 64 values of each weight of a model, for `fingerprint`."""
-    for weight in (p.detach().flatten() for p in model.parameters()):
-        sample = weight[:: max(1, len(weight) // 64)].contiguous().view(torch.uint8)
-        yield sample.cpu().numpy().tobytes()
 
 
 def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
@@ -147,7 +139,10 @@ def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
 def fingerprints(model: torch.nn.Module, files: dict[str, dict[str, str]]) -> dict[str, str]:
     """The inputs of a run, for config.json: fingerprints of the weights and of each of `input_files`."""
     prints = {f"{path} as of": fingerprint(map(str.encode, stats.values())) for path, stats in files.items()}
-    return {"weights": fingerprint(weight_samples(model))} | prints
+    # About 64 values of each weight.
+    samples = (p.detach().flatten()[:: max(1, p.numel() // 64)].contiguous() for p in model.parameters())
+    weights = fingerprint(sample.view(torch.uint8).cpu().numpy().tobytes() for sample in samples)
+    return {"weights": weights} | prints
 
 
 def versions() -> dict[str, str]:
@@ -196,9 +191,12 @@ def save_checkpoint(
 ) -> None:
     """Saves adapter and optimizer after `step` steps of the run that `state` describes; keeps two.
 
+    The metrics reach the disk before the checkpoint: resuming needs a line for each of its steps.
+
     is_best: the adapter becomes adapter-best too, after the checkpoint, so that there is always a checkpoint
     that knows it. If a kill comes between the two, `load_checkpoint` makes up for it.
     """
+    sync(folder / "metrics.jsonl")
     state = state | {"step": step, "is_best": is_best}
     save_adapter(model, folder / "checkpoints" / f"step-{step:06}", optimizer, state)
     if is_best:
@@ -234,7 +232,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
         raise UserError(f"{last} is damaged ({error!r:.99}): delete it to use the one before.") from None
     peft.set_peft_model_state_dict(model, weights)
     optimizer.load_state_dict(moments)
-    if saved.get("is_best"):
+    if saved["is_best"]:
         save_adapter(model, folder / "adapter-best")
     return saved["step"]
 
@@ -258,6 +256,14 @@ def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
     log = path.open("a", buffering=1, encoding="utf-8")  # each line reaches the file at once
     log.truncate(sum(map(len, lines)))
     return log, history
+
+
+def write_line(path: Path, earlier_steps: range, line: dict) -> None:
+    """Adds the line of a step, on the disk before its checkpoint: resuming needs it. See `open_lines`."""
+    log, _ = open_lines(path, earlier_steps)
+    with log:
+        log.write(json.dumps(line) + "\n")
+    sync(path)
 
 
 def has_best_score(history: list[dict]) -> bool:
