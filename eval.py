@@ -111,9 +111,6 @@ def finish(model_scores: list[Scores], more_results: dict[str, Any]) -> dict[str
     return summarize(*model_scores) | more_results
 
 
-# ---------------------------------------------------------------- the embedded world
-
-
 def scenes_task(session: Session) -> dict[str, Any]:
     """Cue search, finding, questions, context suppression, grounding, attention and twins, on scenes."""
     policy, n, seed = session.policy, session.args.n or 1000, session.args.seed

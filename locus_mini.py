@@ -23,7 +23,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from files.errors import UserError, exit_on_error
+from files.errors import exit_on_error
 from training.settings import Config, prepare_torch, read_flags
 
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
@@ -391,10 +391,8 @@ def train(
             elif not (interruption.requested or diverged or is_best or (step + 1) % cfg.save_every == 0):
                 continue
             run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state, is_best)
-            if diverged:
-                raise UserError(diverged)
-            if interruption.requested:
-                raise run_folder.Stopped
+            if stop := diverged or interruption.requested:
+                raise stop
 
 
 def run(flags: dict[str, Any], task: Task = LOCUS) -> None:

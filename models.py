@@ -132,7 +132,7 @@ def patch_embedding(conv: nn.Conv3d, patches: Tensor) -> Tensor:
     return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
 
-def enable_gradient_checkpointing(policy: Policy) -> Policy:
+def enable_gradient_checkpointing(policy: Policy) -> None:
     """The text layers keep only their inputs, and are recomputed in the backward pass."""
 
     def forward(original_forward: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,6 @@ def enable_gradient_checkpointing(policy: Policy) -> Policy:
 
     for layer in policy.base_model.model.language_model.layers:
         layer.forward = partial(forward, layer.forward)
-    return policy
 
 
 def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:

@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +92,12 @@ def log_group(folder: Path, step: int, group: Any, cfg: Config) -> None:
     if not every or step % every:
         return
     limit = GROUP_BYTES // min(MOST_COMPLETIONS, len(group.completions)) - NUMBER_BYTES
-    rows = zip(group.completions, group_boxes(group), group.advantages, group.rewards, strict=True)
+    columns = zip(group.completions, group_boxes(group), group.advantages, group.rewards, strict=True)
     rows = [
         {"text": shorten(text, limit), "box": box, "advantage": advantage, **asdict(reward)}
-        for text, box, advantage, reward in islice(rows, MOST_COMPLETIONS)
+        for text, box, advantage, reward in columns
     ]
-    line = {"step": step, "cue": group.example.index, "completions": rows}
+    line = {"step": step, "cue": group.example.index, "completions": rows[:MOST_COMPLETIONS]}
     write_line(folder / "completions.jsonl", range(0, step, every), line)
 
 

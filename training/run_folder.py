@@ -47,10 +47,6 @@ from training.settings import MEMORY, Config, stored_flags
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what JSON that is damaged may raise
 
 
-class Stopped(KeyboardInterrupt):
-    """The user has stopped a run, after its last step was saved."""
-
-
 # ---------------------------------------------------------------- the folder and its settings
 
 
@@ -88,8 +84,9 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
         tracker = {} if cfg.report_to == "none" else {"tracker_run": uuid4().hex[:8]}
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
+    old_path = files_path if files_path.exists() else None  # runs of older versions have none
     find_change = partial(first_change, new=dict(files))
-    change = read_input("resume", files_path, "inputs.json of a run", find_change)
+    change = read_input("resume", old_path, "inputs.json of a run", find_change)
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
@@ -122,7 +119,7 @@ def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "")
 
 def first_change(text: str, new: dict[str, dict]) -> str:
     """The input file that was added, removed or changed, or "". text: inputs.json; new: of `input_files`."""
-    old = json.loads(text)
+    old = json.loads(text or "{}")
     for path in old.keys() & new.keys():
         for name in sorted(dict(old[path].items() ^ new[path].items())):
             change = "was added" if name not in old[path] else "has changed"
@@ -232,7 +229,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
         raise UserError(f"{last} is damaged ({error!r:.99}): delete it to use the one before.") from None
     peft.set_peft_model_state_dict(model, weights)
     optimizer.load_state_dict(moments)
-    if saved["is_best"]:
+    if saved.get("is_best"):
         save_adapter(model, folder / "adapter-best")
     return saved["step"]
 
@@ -296,12 +293,12 @@ def sigterm_as_keyboard_interrupt() -> ExitStack:
 
 
 class Interruption(ExitStack):
-    """A context in which Ctrl-C or SIGTERM sets `requested`, so that the step can be finished and saved.
+    """A context in which Ctrl-C or SIGTERM fills `requested`, which is raised once the step is saved.
 
     A second signal ends the process at once.
     """
 
-    requested = False
+    requested: KeyboardInterrupt | None = None
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -311,5 +308,5 @@ class Interruption(ExitStack):
     def request(self, number: int, frame: Any) -> None:
         if self.requested:
             os._exit(128 + number)
-        self.requested = True
+        self.requested = KeyboardInterrupt()
         print("\nStopping after this step. Interrupt again to stop at once.", file=sys.stderr, flush=True)
