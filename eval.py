@@ -125,12 +125,12 @@ def scenes_task(session: Session) -> dict[str, Any]:
     # To show: details, whose thought does not hold the answer, and of these what every model answers right.
     hits = enumerate(zip(*(scores.samples["questions"] for scores in model_scores), strict=True))
     examples = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
-    scenes, questions = zip(*(held.scene_questions[i] for i in examples)) if examples else ((), ())
-    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for q in questions]
-    boxes = [[question.evidence.box] for question in questions]
+    shown = [held.scene_questions[i] for i in examples]
+    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for _, q in shown]
+    rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, shown)]
     prompts = attention.prefixed_questions(policy.processor, held)
     prompts = [[prompts[i] for i in examples]] * len(model_scores)
-    draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
+    draw_heat_maps(session, rows, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)
     return finish(model_scores, {"baselines": rules})
@@ -242,7 +242,7 @@ def ask_task(session: Session) -> dict[str, Any]:
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
         names.append(f"{title}, predicting {answer_token!r}")
-    draw_heat_maps(session, [session.args.question], [image], [[]], prompts, names)
+    draw_heat_maps(session, [(session.args.question, image, [])], prompts, names)
     return results
 
 

@@ -3,8 +3,7 @@
 What differs from a typical QLoRA script:
 - No AutoProcessor (Qwen-VL's needs torchvision) and no prepare_model_for_kbit_training (it upcasts the
   embeddings, the head and the vision tower to float32: 6.4 → 9.7 GiB on a 7B model).
-- The vision tower and lm_head stay in 16 bit. Only the language layers get an adapter, in float32: steps of
-  1e-6 are lost in bf16.
+- The vision tower and lm_head stay 16-bit. The language layers' adapter is float32: bf16 loses steps of 1e-6.
 - Gradient checkpointing is our own: transformers' needs train mode, which silently drops a rollout's cache.
 """
 
