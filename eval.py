@@ -253,8 +253,7 @@ def main() -> None:
         if (args := read_flags()).task == "report":
             return write_report(args.image)
         session = open_session(args)
-        results = tasks.get(session.args.task, benchmark_task)(session)
-        write_json(session.folder / "results.json", results)
+        write_json(session.folder / "results.json", tasks.get(args.task, benchmark_task)(session))
         print(f"results are in {session.folder}")
 
 

@@ -255,10 +255,9 @@ def optimizer_step(
         (loss_scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
         metric_sums["loss"] += loss.item()
-        metric_sums["kl"] += stats["kl"].item() / num_tokens
-        metric_sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
-        metric_sums[difference] += (old_logps - rollouts.logps).abs().sum().item() / num_tokens
-        metric_sums[ratio] += (importance - 1).sum().item() / num_tokens
+        stats |= {difference: (old_logps - rollouts.logps).abs().sum(), ratio: (importance - 1).sum()}
+        for name, token_sum in stats.items():
+            metric_sums[name] += token_sum.item() / num_tokens
     grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
     # Without a backward pass, the scale has neither failed nor held.
     if is_float16 and any(p.grad is not None for p in param_group["params"]):
@@ -358,12 +357,11 @@ def train_step(
 
 
 def train(
-    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS,
-    evaluate: Callable = lambda step: {},
-) -> None:  # fmt: skip
+    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS, evaluate=None
+) -> None:
     """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl.
 
-    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (training/learning.py).
+    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (learning.evaluator).
     """
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -380,7 +378,7 @@ def train(
             batch = next_batch.result()
             next_batch = prepare(step=step + 1) if step + 1 < cfg.steps else None
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
-            metrics_history.append(metrics | evaluate(step))
+            metrics_history.append(metrics | (evaluate(step) if evaluate else {}))
             run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
             learning.log_group(folder, step, group, cfg)
             report(metrics_history[-1])

@@ -104,14 +104,14 @@ def log_group(folder: Path, step: int, group: Any, cfg: Config) -> None:
 # ---------------------------------------------------------------- evaluation on the way
 
 
-def evaluator(policy: Policy, cues: Cues, cfg: Config, folder: Path, base_boxes: list) -> Callable:
-    """A function of a step that evaluates the policy after it, every --eval-every steps.
+def evaluator(policy: Policy, cues: Cues, cfg: Config, folder: Path, base_boxes: list) -> Callable | None:
+    """A function of a step that evaluates the policy after it, every --eval-every steps; None without it.
 
     cues: held-out ones; base_boxes: those that the base model predicts for the first of them. Decoding is
     greedy and draws no random number, so the training is the same with and without it.
     """
     if not (every := cfg.eval_every):
-        return lambda step: {}
+        return None
     held, n = build_heldout_set(policy, cues, NUM_CUES), min(8, len(base_boxes))
     # Of the four tasks on scenes, the one that is trained and the one that it should help.
     held = replace(held, find_prompts=[], suppressed_prompts=[])
