@@ -124,12 +124,12 @@ def scenes_task(session: Session) -> dict[str, Any]:
     model_scores = evaluate_models(session, held, analyse)
     # To show: details, whose thought does not hold the answer, and of these what every model answers right.
     hits = enumerate(zip(*(scores.samples["questions"] for scores in model_scores), strict=True))
-    examples = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
-    shown = [held.scene_questions[i] for i in examples]
-    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for _, q in shown]
-    rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, shown)]
+    indices = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
+    examples = [held.scene_questions[i] for i in indices]
+    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for _, q in examples]
+    rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, examples)]
     prompts = attention.prefixed_questions(policy.processor, held)
-    prompts = [[prompts[i] for i in examples]] * len(model_scores)
+    prompts = [[prompts[i] for i in indices]] * len(model_scores)
     draw_heat_maps(session, rows, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)

@@ -116,7 +116,7 @@ def largest_cue(cfg: Config) -> Cue:
 
 
 def two_steps(policy: Policy, cues: Cues | list, cfg: Config, train_step: Callable, task: Any) -> list[dict]:
-    """The metrics of two training steps, which train nothing else than the policy that they are given."""
+    """The metrics of two training steps with an optimizer of their own."""
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
     return [train_step(policy, optimizer, cues, step, cfg, task)[0] for step in range(2)]
 
