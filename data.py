@@ -173,8 +173,7 @@ def coco_cues(
 ) -> Cues:  # fmt: skip
     """Cues from COCO's boxes; training and held-out cues never share an image.
 
-    exclude: a file of image ids to leave out; expressions: JSON of texts by annotation id; photos: loads an
-    image when a cue is drawn.
+    exclude: file of ids to leave out; expressions: JSON of texts by annotation id; photos: opens images.
     """
     if not images.is_dir():
         raise UserError(f"--images {images} is no folder: give the one with COCO's images.")

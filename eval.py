@@ -112,9 +112,6 @@ def finish(model_scores: list[Scores], more_results: dict[str, Any]) -> dict[str
     return summarize(*model_scores) | more_results
 
 
-# ---------------------------------------------------------------- the embedded world
-
-
 def scenes_task(session: Session) -> dict[str, Any]:
     """Cue search, finding, questions, context suppression, grounding, attention and twins, on scenes."""
     policy, n, seed = session.policy, session.args.n or 1000, session.args.seed
@@ -128,13 +125,13 @@ def scenes_task(session: Session) -> dict[str, Any]:
     model_scores = evaluate_models(session, held, analyse)
     # To show: details, whose thought does not hold the answer, and of these what every model answers right.
     hits = enumerate(zip(*(scores.samples["questions"] for scores in model_scores), strict=True))
-    examples = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
-    scenes, questions = zip(*(held.scene_questions[i] for i in examples)) if examples else ((), ())
-    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for q in questions]
-    boxes = [[question.evidence.box] for question in questions]
+    indices = [i for i, hit in hits if all(hit) and held.scene_questions[i][1].kind == "detail"][:4]
+    examples = [held.scene_questions[i] for i in indices]
+    titles = [f"{q.text} {q.answer.capitalize()} ({q.evidence.size})" for _, q in examples]
+    rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, examples)]
     prompts = attention.prefixed_questions(policy.processor, held)
-    prompts = [[prompts[i] for i in examples]] * len(model_scores)
-    draw_heat_maps(session, titles, map(render, scenes), boxes, prompts, session.model_names)
+    prompts = [[prompts[i] for i in indices]] * len(model_scores)
+    draw_heat_maps(session, rows, prompts, session.model_names)
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)
     return finish(model_scores, {"baselines": rules})
@@ -245,7 +242,7 @@ def ask_task(session: Session) -> dict[str, Any]:
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
         names.append(f"{title}, predicting {answer_token!r}")
-    draw_heat_maps(session, [session.args.question], [image], [[]], prompts, names)
+    draw_heat_maps(session, [(session.args.question, image, [])], prompts, names)
     return results
 
 
@@ -256,8 +253,7 @@ def main() -> None:
         if (args := read_flags()).task == "report":
             return write_report(args.image)
         session = open_session(args)
-        results = tasks.get(session.args.task, benchmark_task)(session)
-        write_json(session.folder / "results.json", results)
+        write_json(session.folder / "results.json", tasks.get(args.task, benchmark_task)(session))
         print(f"results are in {session.folder}")
 
 

@@ -23,7 +23,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from files.errors import UserError, exit_on_error
+from files.errors import exit_on_error
 from training.settings import Config, prepare_torch, read_flags
 
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
@@ -43,10 +43,8 @@ from reward import Reward, reward
 from training import checks, learning, pictures, run_folder
 from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
-from training.evaluator import no_scores
-from training.experiment import open_experiment, run_experiment
+from training.experiment import run_experiment
 from training.memory import phase, step_metrics
-from training.metrics import completion_metrics
 from training.trackers import open_tracker
 
 FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
@@ -257,10 +255,9 @@ def optimizer_step(
         (loss_scale * loss).backward()
         finite = finite and math.isfinite(loss.item())
         metric_sums["loss"] += loss.item()
-        metric_sums["kl"] += stats["kl"].item() / num_tokens
-        metric_sums["clip_ratio"] += stats["clip_ratio"].item() / num_tokens
-        metric_sums[difference] += (old_logps - rollouts.logps).abs().sum().item() / num_tokens
-        metric_sums[ratio] += (importance - 1).sum().item() / num_tokens
+        stats |= {difference: (old_logps - rollouts.logps).abs().sum(), ratio: (importance - 1).sum()}
+        for name, token_sum in stats.items():
+            metric_sums[name] += token_sum.item() / num_tokens
     grad_norm, applied = apply_gradients(optimizer, loss_scale, cfg.max_grad_norm, finite)
     # Without a backward pass, the scale has neither failed nor held.
     if is_float16 and any(p.grad is not None for p in param_group["params"]):
@@ -348,7 +345,7 @@ def train_step(
     advantages = group_advantages(rewards, cfg.loss)  # [B, G]
     # 5. Update: raise the probability of what was better, within the clip range and near the reference.
     metrics = task.update(policy, optimizer, batch, rollouts, advantages, step, cfg)
-    metrics = completion_metrics(rewards, scored, rollouts, advantages) | metrics
+    metrics = learning.completion_metrics(rewards, scored, rollouts, advantages) | metrics
     metrics = {"step": step, "frac_groups_not_finite": 1 - finite.float().mean().item()} | metrics
     # To show: the group that teaches most.
     b = int((rewards.amax(1) - rewards.amin(1)).argmax())
@@ -360,11 +357,11 @@ def train_step(
 
 
 def train(
-    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS, evaluate=no_scores
+    policy: Policy, cues: Cues, cfg: Config, folder: Path, state: dict, task: Task = LOCUS, evaluate=None
 ) -> None:
     """cfg.steps steps from the last checkpoint, if there is one; each is a line of metrics.jsonl.
 
-    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (training/evaluator.py).
+    evaluate: (step) -> the metrics of an evaluation after it, {} where none is due (learning.evaluator).
     """
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -381,7 +378,7 @@ def train(
             batch = next_batch.result()
             next_batch = prepare(step=step + 1) if step + 1 < cfg.steps else None
             metrics, group = train_step(policy, optimizer, cues, step, cfg, task, batch)
-            metrics_history.append(metrics | evaluate(step))
+            metrics_history.append(metrics | (evaluate(step) if evaluate else {}))
             run_folder.log_step(log, progress_bar, metrics_history, group, cfg)
             learning.log_group(folder, step, group, cfg)
             report(metrics_history[-1])
@@ -391,19 +388,14 @@ def train(
                 pictures.draw_group(group, folder / "group.png")
             elif not (interruption.requested or diverged or is_best or (step + 1) % cfg.save_every == 0):
                 continue
-            # Metrics before the checkpoint: resuming needs a line for each of its steps.
-            run_folder.sync(folder / "metrics.jsonl")
             run_folder.save_checkpoint(folder, step + 1, policy.model, optimizer, state, is_best)
-            if diverged:
-                raise UserError(diverged)
-            if interruption.requested:
-                raise run_folder.Stopped
+            if stop := diverged or interruption.requested:
+                raise stop
 
 
 def run(flags: dict[str, Any], task: Task = LOCUS) -> None:
     """A run, new or resumed: measure the base model on held-out cues, train, measure again."""
-    experiment = open_experiment(flags, task.name)
-    run_experiment(experiment, partial(train, task=task), task.encode)
+    run_experiment(flags, task.name, partial(train, task=task), task.encode)
 
 
 def main() -> None:

@@ -3,8 +3,7 @@
 What differs from a typical QLoRA script:
 - No AutoProcessor (Qwen-VL's needs torchvision) and no prepare_model_for_kbit_training (it upcasts the
   embeddings, the head and the vision tower to float32: 6.4 → 9.7 GiB on a 7B model).
-- The vision tower and lm_head stay in 16 bit. Only the language layers get an adapter, in float32: steps of
-  1e-6 are lost in bf16.
+- The vision tower and lm_head stay 16-bit. The language layers' adapter is float32: bf16 loses steps of 1e-6.
 - Gradient checkpointing is our own: transformers' needs train mode, which silently drops a rollout's cache.
 """
 
@@ -133,7 +132,7 @@ def patch_embedding(conv: nn.Conv3d, patches: Tensor) -> Tensor:
     return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
 
-def enable_gradient_checkpointing(policy: Policy) -> Policy:
+def enable_gradient_checkpointing(policy: Policy) -> None:
     """The text layers keep only their inputs, and are recomputed in the backward pass."""
 
     def forward(original_forward: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +142,6 @@ def enable_gradient_checkpointing(policy: Policy) -> Policy:
 
     for layer in policy.base_model.model.language_model.layers:
         layer.forward = partial(forward, layer.forward)
-    return policy
 
 
 def add_lora(policy: Policy, rank: int, seed: int = 0) -> Policy:

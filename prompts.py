@@ -90,12 +90,11 @@ class Family:
 
 
 # Pixels = image tokens × the pixels of one (28² or 32²). A model that thinks at length gets room for it.
+TINY = Family("relative1000", "short", (64**2, 256**2), (64**2, 64**2), 1e-3, 8, 40, 8, False, 200, 0.08)
 QWEN2_5 = Family("resized", "paper", (56**2, 1280 * 28**2), (112**2, 324 * 28**2), 1e-5, 8, 256, 1, True)
 QWEN3 = Family("relative1000", "paper", (64**2, 1280 * 32**2), (128**2, 324 * 32**2), 1e-5, 8, 256, 1, True)
 FAMILIES = {
-    "tiny": Family(
-        "relative1000", "short", (64**2, 256**2), (64**2, 64**2), 1e-3, 8, 40, 8, False, 200, 0.08
-    ),
+    "tiny": TINY,
     "qwen2_5_vl": QWEN2_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_thinking": replace(QWEN3, max_new_tokens=1024),  # its chat template opens with <think>

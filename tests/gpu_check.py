@@ -408,9 +408,9 @@ def published_policy(models: Path, small: bool, **flags: Any) -> tuple[Policy, C
     policy, cfg, _ = prepare(
         {"model": str(folder), "load_in_4bit": True} | pixels | flags, dtype=dtype_here()
     )
-    cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    cue = dry_run.largest_cue(cfg)
     policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
-    return policy, cfg, lambda n: [encode_cue(policy.processor, cues[i], "object") for i in range(n)]
+    return policy, cfg, lambda n: [encode_cue(policy.processor, cue, "object") for _ in range(n)]
 
 
 def dtype_here() -> torch.dtype | None:
@@ -733,7 +733,7 @@ def measure_trainer(name: str, folder: Path) -> None:
     build(folder.name, folder)
     flags = {"model": str(folder), "load_in_4bit": True, "image_pixels": 640 * 480}
     policy, cfg, _ = prepare(flags | {"gradient_checkpointing": name == "ours"})
-    cues = dry_run.LargestCues(cfg.image_pixels, cfg.crop_pixels)
+    cue = dry_run.largest_cue(cfg)
     memory.METER = None  # the peak of all phases together, not of each
     torch.cuda.reset_peak_memory_stats()
     if name == "ours":
@@ -742,7 +742,7 @@ def measure_trainer(name: str, folder: Path) -> None:
         from bench_trl import Clock, make_trainer, rows_of
 
         policy.model = policy.model.unload()
-        rows = rows_of(policy, [cues[i] for i in range(2 * cfg.prompts)], "object")
+        rows = rows_of(policy, [cue] * 2 * cfg.prompts, "object")
         kwargs = dict(use_cpu=False, bf16=True, gradient_checkpointing=True, max_steps=2)
         kwargs |= dict(per_device_train_batch_size=cfg.num_generations)
         kwargs |= dict(gradient_accumulation_steps=cfg.prompts, learning_rate=cfg.lr, beta=cfg.beta)

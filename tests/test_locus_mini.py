@@ -418,6 +418,7 @@ def test_gradients_that_overflow_float16_halve_the_scale_until_they_fit(tmp_path
     num_skipped = int(sum(skipped))
     assert 2 < num_skipped < 20 and skipped == [1] * num_skipped + [0] * (20 - num_skipped)
     assert optimizer.param_groups[0]["loss_scale"] == 2.0 ** (22 - num_skipped)
+    (tmp_path / "metrics.jsonl").touch()
     run_folder.save_checkpoint(tmp_path, 1, policy.model, optimizer, {})
     resumed = torch.optim.AdamW(trainable_params, lr=1.0)
     assert run_folder.load_checkpoint(tmp_path, policy.model, resumed, {}) == 1

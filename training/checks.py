@@ -121,13 +121,13 @@ def check_frame(policy: Policy, held: HeldOutSet, scores: Scores) -> None:
 # ---------------------------------------------------------------- while training
 
 
-def diverged(history: list[dict], policy: Policy, lr: float) -> str:
-    """What to do if each of the last five steps had a loss or a gradient that is not finite, else ""."""
+def diverged(history: list[dict], policy: Policy, lr: float) -> UserError | None:
+    """The error that ends a run if each of its last five steps had a loss or gradient that is not finite."""
     if len(history) < 5 or any(metrics["skipped"] < 1 for metrics in history[-5:]):
-        return ""
+        return None
     if all(metrics["frac_groups_not_finite"] == 1 for metrics in history[-5:]):
-        return NOT_FINITE.format(policy.base_model.dtype)
-    return f"Five steps in a row were not finite: start again with --lr below {lr}."
+        return UserError(NOT_FINITE.format(policy.base_model.dtype))
+    return UserError(f"Five steps in a row were not finite: start again with --lr below {lr}.")
 
 
 def entropy_collapsed(history: list[dict]) -> bool:

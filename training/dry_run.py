@@ -1,4 +1,4 @@
-"""The GPU memory of a step: predicted from a model's config, and measured on the largest possible steps.
+"""The memory and the time of a run: predicted from a model's config, and measured on a GPU in four steps.
 
     python locus_mini.py --model Qwen/Qwen2.5-VL-7B-Instruct --dry-run
 
@@ -8,25 +8,28 @@ The prediction counts the tensors that the code keeps. Without CUDA nothing is m
 
 import random
 import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers as hf
 from PIL import Image
 
-from data import Cue
+from data import Cue, Cues
+from evaluation.heldout import build_heldout_set, evaluate
+from evaluation.reply_cache import default_batch_size
 from files.errors import UserError
 from models import read_family
 from policy import LOGIT_CHUNK_SIZE, MAX_PATCHES_PER_PASS, Policy
 from prompts import Family
 from reward import Reward
 from training.decoding import PROMPTS_PER_PASS
-from training.experiment import prepare
+from training.experiment import open_run_cues, prepare
 from training.memory import LOWER, PEAKS
 from training.settings import Config, resolve
-from training.time_prediction import TEXT_TOKENS, measure_hours, time_table
+from training.time_prediction import TEXT_TOKENS, summary, time_table
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, roughly
@@ -105,29 +108,43 @@ def predict(model: torch.nn.Module, cfg: Config, family: Family) -> dict[str, di
 # ---------------------------------------------------------------- measurement
 
 
-@dataclass(frozen=True)
-class LargestCues:
-    """Cues on a grey 4:3 image; image and crop have as many pixels as the model's limits allow."""
+def largest_cue(cfg: Config) -> Cue:
+    """A cue on a grey 4:3 image; image and crop have as many pixels as the model's limits allow."""
+    w, h = round((cfg.image_pixels * 4 / 3) ** 0.5), round((cfg.image_pixels * 3 / 4) ** 0.5)
+    share = min(1.0, (cfg.crop_pixels / cfg.image_pixels) ** 0.5)
+    return Cue(Image.new("RGB", (w, h), "gray"), (0, 0, round(w * share), round(h * share)), "large")
 
-    image_pixels: int
-    crop_pixels: int
 
-    def __getitem__(self, index: int) -> Cue:
-        w, h = round((self.image_pixels * 4 / 3) ** 0.5), round((self.image_pixels * 3 / 4) ** 0.5)
-        share = min(1.0, (self.crop_pixels / self.image_pixels) ** 0.5)
-        return Cue(Image.new("RGB", (w, h), "gray"), (0, 0, round(w * share), round(h * share)), "large")
+def two_steps(policy: Policy, cues: Cues | list, cfg: Config, train_step: Callable, task: Any) -> list[dict]:
+    """The metrics of two training steps with an optimizer of their own."""
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
+    return [train_step(policy, optimizer, cues, step, cfg, task)[0] for step in range(2)]
 
 
 def largest_steps(policy: Policy, cfg: Config, train_step: Callable, task: Any) -> list[dict]:
     """Metrics of two steps with the largest images and longest completions; PEAKS has their memory."""
-    trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable_params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    cues, cfg = LargestCues(cfg.image_pixels, cfg.crop_pixels), replace(cfg, steps=2)
+    cues = [largest_cue(cfg)] * 2 * cfg.prompts
     # No token has the id −1, so no completion stops before the limit.
     policy = replace(policy, stop_ids=torch.tensor([-1], device=policy.device))
     # Random rewards differ within a group, so every token has a gradient to compute.
     task = replace(task, score=lambda texts, *_: [Reward(random.random(), 0.0, 0.0) for _ in texts])
-    return [train_step(policy, optimizer, cues, step, cfg, task)[0] for step in range(2)]
+    return two_steps(policy, cues, cfg, train_step, task)
+
+
+def measure_hours(policy: Policy, cfg: Config, train_step: Callable, task: Any) -> str:
+    """Hours of a run as one line, from two steps and the evaluation of one batch, on the run's own cues.
+
+    Completions end by themselves. The first step warms up; the second counts. Its images are prepared within
+    it, not in a thread during the step before, so the hours are a little high. Those of --eval-every are not
+    part of them.
+    """
+    cues, heldout_cues, _ = open_run_cues(cfg)
+    step = two_steps(policy, cues, cfg, train_step, task)[1]
+    num_cues, started = min(default_batch_size(policy), cfg.eval_cues), time.monotonic()
+    evaluate(policy, build_heldout_set(policy, heldout_cues, num_cues), cfg.max_new_tokens)
+    evaluation = 2 * cfg.eval_cues / num_cues * (time.monotonic() - started)
+    hours = summary(cfg.steps * step["seconds"] / 3600, evaluation / 3600)
+    return f"{hours}: {step['seconds']:.1f} s a step, {step['completions/mean_length']:.0f} tokens on average"
 
 
 def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
@@ -149,7 +166,7 @@ def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
     finally:
         print(table(predicted, PEAKS))  # after an out-of-memory error too: it has the phases before
         peak = max(sum(parts.values()) for parts in predicted.values()) / 1e9 + CONTEXT
-        print(time_table(model, cfg, family, peak))
+        print(time_table(model, cfg, peak))
     advise_16_bits(flags)
 
 

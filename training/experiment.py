@@ -18,7 +18,6 @@ from files.errors import exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
 from training import checks, learning, model_card, pictures, run_folder, settings
-from training.evaluator import Evaluator
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
 
@@ -87,9 +86,12 @@ def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     return Experiment(policy, cues, heldout_cues, cfg, folder, state, started)
 
 
-def run_experiment(experiment: Experiment, train: Callable, encode: Callable) -> None:
-    """A whole run, alone in its folder. After Ctrl-C it prints how to resume, and exits with 130."""
-    task = experiment.state["task"]
+def run_experiment(flags: dict[str, Any], task: str, train: Callable, encode: Callable) -> None:
+    """A whole run, alone in its folder. After Ctrl-C it prints how to resume, and exits with 130.
+
+    train, encode: as for `train_and_measure`.
+    """
+    experiment = open_experiment(flags, task)
     program = "locus_mini.py" if task == "locus" else f"-m paper.variants {task}"
     command = f"python {program} --resume {shlex.quote(str(experiment.folder))}"
     remedy, stopped = f"make room or allow it, then run: {command}", f"Stopped. Resume with: {command}"
@@ -119,8 +121,8 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     checks.check_frame(policy, held, before)
     baselines = heldout.baselines(policy, held, longest, cache)
     # Train, and measure again.
-    evaluator = Evaluator(policy, experiment.heldout_cues, cfg, folder, before.boxes)
-    train(policy, experiment.cues, cfg, folder, state, evaluate=evaluator)
+    evaluate = learning.evaluator(policy, experiment.heldout_cues, cfg, folder, before.boxes)
+    train(policy, experiment.cues, cfg, folder, state, evaluate=evaluate)
     run_folder.save_adapter(policy.model, folder / "adapter")
     after = heldout.evaluate(policy, held, longest, "after", cache)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
@@ -146,8 +148,7 @@ def eval_commands(folder: Path) -> list[str]:
     names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
     names += ("cue_prompt",)
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
-    arguments = as_arguments({"adapter": folder / "adapter"} | given)
-    flags = [word for argument in arguments for word in argument.split("=", 1)]
+    flags = as_arguments({"adapter": folder / "adapter"} | given)
     tasks = [["scenes" if config["data"] == "scenes" else "cues"]]
     if config["model"] == "tiny":
         tasks.append(["ask", "docs/scene.png", "Where is the red star?"])

@@ -1,31 +1,41 @@
-"""How a run learns: completions.jsonl while it trains, and two drawings, curve.png and learning.gif.
+"""How a run learns: its completions, evaluations on the way, and two drawings, curve.png and learning.gif.
 
 curve.png     reward, IoU, format, KL and entropy of every step, from metrics.jsonl
 learning.gif  the first eight held-out cues, with the predicted box after every evaluation (evaluations.jsonl)
 
 The drawings depend on these files and on the cues alone, so `python eval.py report runs/NAME` draws them
 again to the same bytes.
+
+evaluations.jsonl has one line per evaluation, for drawings of how a run learns:
+step      as in metrics.jsonl: the evaluation came after this step
+replies   the texts of the 50 held-out cues, in their order; null where memory ran out
+boxes     their boxes (x1, y1, x2, y2) in pixels of the full image; null without a valid box
+ious      their IoU with the true boxes; null without a reply
+Cue i is `Cues[i]` of the run's held-out cues, so its image and its true box need no copy here.
 """
 
 import json
 import math
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from data import Cue, Cues
+from evaluation.heldout import build_heldout_set, evaluate
 from evaluation.scores import mean
-from files.disk import sync
-from training.pictures import BLUE, below, beside, group_boxes, image_block, legend, text_block
-from training.run_folder import open_lines
+from policy import Policy, Rollout
+from training.pictures import BLUE, below, beside, draw_cues, group_boxes, image_block, legend, text_block
+from training.run_folder import write_line
 from training.settings import Config
 
 # completions.jsonl: at most 100 lines of 50,000 bytes, 5 MB, whatever the run. The numbers of a completion
 # need up to 400 bytes.
 MOST_GROUPS, MOST_COMPLETIONS, GROUP_BYTES, NUMBER_BYTES = 100, 100, 49_000, 400
+NUM_CUES, NUM_QUESTIONS = 50, 100  # of an evaluation on the way
 MOST_FRAMES = 24
 PANELS = {  # key of metrics.jsonl: title
     "reward": "reward",
@@ -43,7 +53,23 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-# ---------------------------------------------------------------- one group every --show-every steps
+# ---------------------------------------------------------------- metrics, and one group every few steps
+
+
+def completion_metrics(rewards: Tensor, scored: list, rollouts: Rollout, advantages: Tensor) -> dict:
+    """What metrics.jsonl records of a step's completions, in TRL's names where it has them.
+
+    `optimizer_step` adds what it measures.
+    """
+    flat = [r for row in scored for r in row]
+    return {
+        "reward": rewards.mean().item(),
+        "iou": mean(r.iou for r in flat),
+        "format": mean(r.format for r in flat),
+        "completions/mean_length": rollouts.mask.sum(-1).float().mean().item(),
+        "completions/clipped_ratio": 1 - rollouts.finished.float().mean().item(),
+        "frac_reward_zero_std": 1 - advantages.any(1).float().mean().item(),
+    }
 
 
 def shorten(text: str, limit: int) -> str:
@@ -66,17 +92,49 @@ def log_group(folder: Path, step: int, group: Any, cfg: Config) -> None:
     if not every or step % every:
         return
     limit = GROUP_BYTES // min(MOST_COMPLETIONS, len(group.completions)) - NUMBER_BYTES
-    rows = zip(group.completions, group_boxes(group), group.advantages, group.rewards, strict=True)
+    columns = zip(group.completions, group_boxes(group), group.advantages, group.rewards, strict=True)
     rows = [
         {"text": shorten(text, limit), "box": box, "advantage": advantage, **asdict(reward)}
-        for text, box, advantage, reward in islice(rows, MOST_COMPLETIONS)
+        for text, box, advantage, reward in columns
     ]
-    line = {"step": step, "cue": group.example.index, "completions": rows}
-    # Earlier groups stay; what a killed run wrote after its checkpoint is replaced.
-    log, _ = open_lines(folder / "completions.jsonl", range(0, step, every))
-    with log:
-        log.write(json.dumps(line) + "\n")
-    sync(folder / "completions.jsonl")  # before the checkpoint, as metrics.jsonl
+    line = {"step": step, "cue": group.example.index, "completions": rows[:MOST_COMPLETIONS]}
+    write_line(folder / "completions.jsonl", range(0, step, every), line)
+
+
+# ---------------------------------------------------------------- evaluation on the way
+
+
+def evaluator(policy: Policy, cues: Cues, cfg: Config, folder: Path, base_boxes: list) -> Callable | None:
+    """A function of a step that evaluates the policy after it, every --eval-every steps; None without it.
+
+    cues: held-out ones; base_boxes: those that the base model predicts for the first of them. Decoding is
+    greedy and draws no random number, so the training is the same with and without it.
+    """
+    if not (every := cfg.eval_every):
+        return None
+    held, n = build_heldout_set(policy, cues, NUM_CUES), min(8, len(base_boxes))
+    # Of the four tasks on scenes, the one that is trained and the one that it should help.
+    held = replace(held, find_prompts=[], suppressed_prompts=[])
+    del held.scene_questions[NUM_QUESTIONS:], held.question_prompts[NUM_QUESTIONS:]
+
+    def evaluate_step(step: int) -> dict[str, float]:
+        """The scores after a step, as keys of its line in metrics.jsonl; {} where no evaluation is due.
+
+        evaluations.jsonl gets a line, and evaluation.png the boxes of the first cues.
+        """
+        if (step + 1) % every:
+            return {}
+        replies = {}
+        scores = evaluate(policy, held, cfg.max_new_tokens, cache=replies)
+        texts = [text for key, (text, *_) in replies.items() if "/cue search/" in key]
+        line = {"step": step, "replies": texts, "boxes": scores.boxes, "ious": scores.samples["cue"]}
+        write_line(folder / "evaluations.jsonl", range(every - 1, step, every), line)
+        draw_cues(held.cues, base_boxes, scores.boxes, folder / "evaluation.png", n)
+        cue, questions = scores.summary["cue"], scores.summary.get("questions")
+        metrics = {"eval/iou": cue["mean_iou"], "eval/format": cue["format"]}
+        return metrics | ({"eval/accuracy": questions["accuracy"]} if questions else {})
+
+    return evaluate_step
 
 
 # ---------------------------------------------------------------- curve.png

@@ -6,7 +6,7 @@ another and no text leaves the sheet, whatever the shape of a photo and the leng
 
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +215,8 @@ def draw_attention(rows: Sequence[tuple], names: list[str], path: Path) -> None:
     below(blocks).save(path)
 
 
-def draw_heat_maps(
-    session: Session, titles: Iterable, images: Iterable, boxes: Iterable, prompts_by_model: list, names: list
-) -> None:
-    """attention.png of a session: a row per image, a column per model.
+def draw_heat_maps(session: Session, rows: Sequence[tuple], prompts_by_model: list, names: list) -> None:
+    """attention.png of a session: a row per (title, image, boxes in its pixels), a column per model.
 
     prompts_by_model: for each model the prompts of all images, whose last token predicts the answer.
     """
@@ -229,5 +227,5 @@ def draw_heat_maps(
     except torch.OutOfMemoryError:
         print("The memory is too small for attention.png: give a smaller image.", file=sys.stderr)
         return
-    rows = zip(titles, images, boxes, zip(*columns), strict=True)
-    draw_attention(list(rows), names, session.folder / "attention.png")
+    rows = [(*row, maps) for row, maps in zip(rows, zip(*columns), strict=True)]
+    draw_attention(rows, names, session.folder / "attention.png")

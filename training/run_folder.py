@@ -47,10 +47,6 @@ from training.settings import MEMORY, Config, stored_flags
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what JSON that is damaged may raise
 
 
-class Stopped(KeyboardInterrupt):
-    """The user has stopped a run, after its last step was saved."""
-
-
 # ---------------------------------------------------------------- the folder and its settings
 
 
@@ -131,13 +127,6 @@ def first_change(text: str, new: dict[str, dict]) -> str:
     return ""
 
 
-def weight_samples(model: torch.nn.Module) -> Iterator[bytes]:
-    """About 64 values of each weight of a model, for `fingerprint`."""
-    for weight in (p.detach().flatten() for p in model.parameters()):
-        sample = weight[:: max(1, len(weight) // 64)].contiguous().view(torch.uint8)
-        yield sample.cpu().numpy().tobytes()
-
-
 def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
     """Size and date of each file in the inputs of a run, by path and name, for inputs.json."""
     existing = [path for path in paths if path and path.exists() and str(path) not in ("scenes", "coco")]
@@ -147,7 +136,10 @@ def input_files(*paths: Path | None) -> dict[str, dict[str, str]]:
 def fingerprints(model: torch.nn.Module, files: dict[str, dict[str, str]]) -> dict[str, str]:
     """The inputs of a run, for config.json: fingerprints of the weights and of each of `input_files`."""
     prints = {f"{path} as of": fingerprint(map(str.encode, stats.values())) for path, stats in files.items()}
-    return {"weights": fingerprint(weight_samples(model))} | prints
+    # About 64 values of each weight.
+    samples = (p.detach().flatten()[:: max(1, p.numel() // 64)].contiguous() for p in model.parameters())
+    weights = fingerprint(sample.view(torch.uint8).cpu().numpy().tobytes() for sample in samples)
+    return {"weights": weights} | prints
 
 
 def versions() -> dict[str, str]:
@@ -196,9 +188,12 @@ def save_checkpoint(
 ) -> None:
     """Saves adapter and optimizer after `step` steps of the run that `state` describes; keeps two.
 
+    The metrics reach the disk before the checkpoint: resuming needs a line for each of its steps.
+
     is_best: the adapter becomes adapter-best too, after the checkpoint, so that there is always a checkpoint
     that knows it. If a kill comes between the two, `load_checkpoint` makes up for it.
     """
+    sync(folder / "metrics.jsonl")
     state = state | {"step": step, "is_best": is_best}
     save_adapter(model, folder / "checkpoints" / f"step-{step:06}", optimizer, state)
     if is_best:
@@ -260,6 +255,14 @@ def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
     return log, history
 
 
+def write_line(path: Path, earlier_steps: range, line: dict) -> None:
+    """Adds the line of a step, on the disk before its checkpoint: resuming needs it. See `open_lines`."""
+    log, _ = open_lines(path, earlier_steps)
+    with log:
+        log.write(json.dumps(line) + "\n")
+    sync(path)
+
+
 def has_best_score(history: list[dict]) -> bool:
     """Whether the last step of a run has been evaluated, with a higher eval/iou than all steps before it."""
     scores = [metrics.get("eval/iou", -1.0) for metrics in history]
@@ -290,12 +293,12 @@ def sigterm_as_keyboard_interrupt() -> ExitStack:
 
 
 class Interruption(ExitStack):
-    """A context in which Ctrl-C or SIGTERM sets `requested`, so that the step can be finished and saved.
+    """A context in which Ctrl-C or SIGTERM fills `requested`, which is raised once the step is saved.
 
     A second signal ends the process at once.
     """
 
-    requested = False
+    requested: KeyboardInterrupt | None = None
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -305,5 +308,5 @@ class Interruption(ExitStack):
     def request(self, number: int, frame: Any) -> None:
         if self.requested:
             os._exit(128 + number)
-        self.requested = True
+        self.requested = KeyboardInterrupt()
         print("\nStopping after this step. Interrupt again to stop at once.", file=sys.stderr, flush=True)

@@ -1,23 +1,17 @@
-"""How long a run takes: predicted for a card by a formula, and on a GPU from two steps on real cues.
+"""How long a run takes, predicted for a card by a formula; training/dry_run.py measures it on a GPU.
 
 The formula counts work. A forward pass takes as long as the slower of two: Python, which starts its
 operations one by one, and the GPU, which moves bytes and multiplies. What is marked as an assumption has not
 been measured on a GPU; docs/gpu.md explains it and has the hours of published models.
 """
 
-import time
-from collections.abc import Callable
 from math import ceil
 from types import SimpleNamespace
 
 import torch
 
-from evaluation.heldout import build_heldout_set, evaluate
 from evaluation.reply_cache import default_batch_size
-from policy import Policy
-from prompts import Family
-from training.evaluator import NUM_CUES, NUM_QUESTIONS
-from training.experiment import open_run_cues
+from training.learning import NUM_CUES, NUM_QUESTIONS
 from training.settings import Config
 
 TEXT_TOKENS = 128  # of a prompt, roughly; the rest are image tokens
@@ -51,10 +45,7 @@ def summary(training: float, evaluation: float) -> str:
     return f"{total} (training {parts[0]}, evaluation {parts[1]}), predicted"
 
 
-# ---------------------------------------------------------------- prediction
-
-
-def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str) -> tuple[float, float]:
+def predict_hours(model: torch.nn.Module, cfg: Config, card: str) -> tuple[float, float]:
     """Hours of training and of both evaluations on a card of CARDS; the model may be an empty one.
 
     A forward pass of B rows with Q new tokens each, at L columns, through n layers:
@@ -108,29 +99,9 @@ def predict_hours(model: torch.nn.Module, cfg: Config, family: Family, card: str
     return cfg.steps * (sampling + learning) / 3600, evaluation / 3600
 
 
-def time_table(model: torch.nn.Module, cfg: Config, family: Family, gigabytes: float) -> str:
+def time_table(model: torch.nn.Module, cfg: Config, gigabytes: float) -> str:
     """The predicted hours of a run on each card with as much memory, and the length that they assume."""
     title = f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:"
     cards = [(card, memory) for card, (memory, *_) in CARDS.items() if memory >= gigabytes]
-    rows = (f"{c:9}{gb:>3} GB  {summary(*predict_hours(model, cfg, family, c))}" for c, gb in cards)
+    rows = (f"{c:9}{gb:>3} GB  {summary(*predict_hours(model, cfg, c))}" for c, gb in cards)
     return "\n".join([title, *rows])
-
-
-# ---------------------------------------------------------------- measurement
-
-
-def measure_hours(policy: Policy, cfg: Config, train_step: Callable, task: object) -> str:
-    """Hours of a run as one line, from two steps and the evaluation of one batch, on the run's own cues.
-
-    Completions end by themselves. The first step warms up; the second counts. Its images are prepared within
-    it, not in a thread during the step before, so the hours are a little high. Those of --eval-every are not
-    part of them.
-    """
-    cues, heldout_cues, _ = open_run_cues(cfg)
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr)
-    _, step = (train_step(policy, optimizer, cues, index, cfg, task)[0] for index in range(2))
-    num_cues, started = min(default_batch_size(policy), cfg.eval_cues), time.monotonic()
-    evaluate(policy, build_heldout_set(policy, heldout_cues, num_cues), cfg.max_new_tokens)
-    evaluation = 2 * cfg.eval_cues / num_cues * (time.monotonic() - started)
-    hours = summary(cfg.steps * step["seconds"] / 3600, evaluation / 3600)
-    return f"{hours}: {step['seconds']:.1f} s a step, {step['completions/mean_length']:.0f} tokens on average"

@@ -43,7 +43,7 @@ def head_of(card: str) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """The folder of a small run of the program."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder = tmp_path_factory.mktemp("runs") / "my-run"
     command = [sys.executable, str(ROOT / "locus_mini.py"), "--out", str(folder), *map(str, FLAGS)]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -68,8 +68,9 @@ def test_the_card_of_a_run_describes_it(run, card):
     rows = dict(re.findall(r"^\| `--([\w-]+)` \| (.*) \|$", card, re.MULTILINE))
     assert rows["steps"] == "1 | flag" and rows["max-new-tokens"] == "24 | flag" and "out" not in rows
     assert rows["image-pixels"].endswith("| model family") and "seed" not in rows, "the seed is the default"
+    titles = ROWS.keys() - {"  large windows"}  # held-out cues are tiny and small
     table = re.search(r"```\n(held-out.*?)\n```", card, re.DOTALL)[1]
-    assert table in (run / "printed.txt").read_text() and all(title in table for title in ROWS)
+    assert table in (run / "printed.txt").read_text() and all(title in table for title in titles)
     assert (run / "adapter" / "before_after.png").read_bytes() == (run / "before_after.png").read_bytes()
     assert "](before_after.png)" in card and "$" not in card
 

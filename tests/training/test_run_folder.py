@@ -132,11 +132,11 @@ def test_replies_of_the_base_model_are_not_generated_again(run, monkeypatch, cap
     monkeypatch.setattr(reply_cache, "generate_replies", counting)
     code, stderr = in_process(monkeypatch, capsys, "--resume", run)
     assert code == 0, stderr
-    assert sum(batch_sizes) == 6 + 6 + 12 + 12, (
+    assert sum(batch_sizes) == 6 + 6 + 18 + 18, (
         "cue search, finding, questions with and without the rest black"
     )
     code, _ = in_process(monkeypatch, capsys, "--resume", run)
-    assert code == 0 and sum(batch_sizes) == 36, "a complete run generates nothing"
+    assert code == 0 and sum(batch_sizes) == 48, "a complete run generates nothing"
 
 
 def test_kills_at_three_moments_change_nothing(uninterrupted, tmp_path):
@@ -193,9 +193,9 @@ def test_a_run_without_a_checkpoint_resumes_at_step_0(run, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("change", "arguments", "names"),
     [
-        (lambda run: None, ["--lr", "0.5"], ["lr", "0.0007", "0.5"]),
+        (lambda run: None, ["--lr", "0.5"], ["lr", "0.001", "0.5"]),
         (lambda run: None, ["--steps", "30"], ["steps", "20", "30"]),
-        (lambda run: edit(run / "config.json", beta=0.5), [], ["beta", "0.04", "0.5"]),
+        (lambda run: edit(run / "config.json", beta=0.5), [], ["beta", "0.08", "0.5"]),
         (lambda run: edit(run / "config.json", weights="12345678"), [], ["weights", "12345678"]),
         (lambda run: (run / "config.json").unlink(), [], ["config.json"]),
         (lambda run: edit(run / "config.json", steps="twenty"), [], ["--steps", "twenty"]),
@@ -217,7 +217,7 @@ def test_other_settings_and_damage_are_one_sentence(change, arguments, names, ru
 
 
 def test_a_checkpoint_of_other_settings_is_refused(run):
-    with pytest.raises(UserError, match=r"step-000010 has beta 0\.04, not 0\.5"):
+    with pytest.raises(UserError, match=r"step-000010 has beta 0\.08, not 0\.5"):
         run_folder.load_checkpoint(run, nn.Linear(1, 1), None, {"beta": "0.5"})
 
 

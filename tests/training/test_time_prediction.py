@@ -11,15 +11,14 @@ import torch
 
 import locus_mini
 from models import add_lora, load_policy, read_family
-from training import time_prediction
-from training.dry_run import empty_model
+from training import dry_run, time_prediction
+from training.dry_run import empty_model, measure_hours
 from training.settings import Config, resolve
 from training.time_prediction import (
     CALL_SECONDS,
     CARDS,
     FUSED_CALLS,
     LAYER_CALLS,
-    measure_hours,
     predict_hours,
     summary,
 )
@@ -34,7 +33,7 @@ def settings(**flags) -> Config:
 
 
 def hours(card: str = "RTX 4090", **flags) -> tuple[float, float]:
-    return predict_hours(MODEL, settings(**flags), FAMILY, card)
+    return predict_hours(MODEL, settings(**flags), card)
 
 
 def add_card(monkeypatch, bandwidth: float, tflops: float) -> str:
@@ -88,8 +87,8 @@ def test_a_slow_processor_waits_for_products(monkeypatch):
     """2 FLOPs per weight and token: 16 prompts take twice as long as 8, and 7B longer than 3B by its size."""
     card = add_card(monkeypatch, 1e30, 1e-3)
     assert hours(card, prompts=16)[0] == pytest.approx(2 * hours(card, prompts=8)[0])
-    config, family = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
-    larger = predict_hours(empty_model(config), settings(), family, card)[0]
+    config, _ = read_family(str(families.FOLDER / "Qwen2.5-VL-7B-Instruct"))
+    larger = predict_hours(empty_model(config), settings(), card)[0]
     assert larger / hours(card)[0] == pytest.approx((6.53 + 0.54) / (2.77 + 0.31), rel=0.1)
 
 
@@ -122,7 +121,7 @@ def test_a_dry_run_predicts_the_hours_of_cards_with_enough_memory(monkeypatch, c
 
 def test_hours_are_measured_on_real_cues_with_natural_stops(monkeypatch):
     """The second of two real steps of the embedded model counts, and so does an evaluation of two cues."""
-    monkeypatch.setattr(time_prediction, "default_batch_size", lambda policy: 2)
+    monkeypatch.setattr(dry_run, "default_batch_size", lambda policy: 2)
     policy = add_lora(load_policy("tiny", load_in_4bit=False), 2)
     flags = {"prompts": 2, "num_generations": 2, "eval_cues": 50_000, "steps": 50_000}
     cfg, _ = resolve(flags, policy.processor.family)
