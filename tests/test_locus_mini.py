@@ -33,7 +33,7 @@ from policy import Policy, Rollout, collate, rollout, token_logps
 from reward import Reward
 from training import run_folder
 
-CFG = Config(beta=0.05, prompts=4, max_new_tokens=10, lr=1.0)
+CFG = Config(beta=0.05, steps=300, prompts=4, max_new_tokens=10, lr=1.0)
 
 
 GAP, RATIO = "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"
