@@ -371,7 +371,7 @@ def test_a_lower_temperature_samples_likelier_tokens(policy):
         hot = replace(policy, temperature=temperature)
         tokens = rollout(hot, batch, 8, 8, torch.Generator().manual_seed(0)).tokens
         means.append(token_logps(policy, batch, tokens, torch.ones_like(tokens, dtype=torch.bool)).mean())
-    assert means[0] > means[1] + 0.5 and means[1] > means[2] + 0.5
+    assert means[0] > means[1] + 0.5 and means[1] > means[2] + 0.2  # a random model is nearly uniform at 1
 
 
 def test_greedy_decoding_has_no_temperature(policy):
