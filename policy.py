@@ -30,6 +30,9 @@ from prompts import EncodedPrompt, Processor
 
 LOGIT_CHUNK_SIZE = 2**24  # logits that exist at once while completions are scored: 67 MB in float32
 MAX_PATCHES_PER_PASS = 2**15  # image patches in one pass of the vision tower
+# MKL prepares its cosine in the first call of a process. If several threads make that call together, it is
+# rounded otherwise now and then, and a run does not repeat to the bit. So one thread makes it, here.
+torch.zeros(1).cos()
 
 
 @dataclass

@@ -70,7 +70,7 @@ def rank_of(name: str) -> int:
 def test_the_root_is_the_method():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SEVEN)
     assert sum(code_lines(CODE[name]) for name in SEVEN) <= 1230
-    assert sum(CODE[name].count("\n") for name in SEVEN) <= 1765
+    assert sum(CODE[name].count("\n") for name in SEVEN) <= 1766
     assert sum(map(code_lines, CODE.values())) <= 5375
 
 
