@@ -81,8 +81,8 @@ class Family:
     max_new_tokens: int
     micro_batch: int  # prompts in one forward and backward pass
     gradient_checkpointing: bool  # of the text layers
-    steps: int = 300
-    beta: float = 0.04
+    steps: int = 300  # rollouts of a run
+    beta: float = 0.04  # coefficient of the KL to the reference
     cue_text: str = ""  # the prompt of --cue-prompt, in place of the template's "cue" and "think"
     opening: str = ""  # what the chat template has already written of the completion ("<think>")
     lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # never the vision tower's MLP
