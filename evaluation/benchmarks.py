@@ -15,7 +15,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property, partial
@@ -32,49 +32,26 @@ from files.pictures import FORMATS, SUFFIXES, UnusableImage
 from reward import Box, iou
 
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
-COMPASS = "opencompass.openxlab.space/utils/"
+
+
+TABLE = Path(__file__).with_suffix(".tsv")  # a benchmark per line, in the columns of Benchmark
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read and scored, and where it is published."""
+    """How a benchmark is read and scored, and where it is published: a line of benchmarks.tsv."""
 
+    name: str
     file: str  # name or pattern, or several: "a.tsv or b.tsv"
-    kind: str = "choice"  # choice | yesno | box | string
-    source: str = COMPASS + "VLMEval"  # or a data set of huggingface.co
-    over: tuple[str, ...] = ()  # the score is the mean over the groups of these columns, nested
-    own: str = ""  # glob of the data set's own files, where it has a folder of them
-    judged: bool = False  # officially a model judges the replies, so our score by rules is not comparable
+    kind: str  # choice | yesno | box | string
+    source: str  # an address, or a data set of huggingface.co
+    over: str  # names of columns: the score is the mean over their groups, nested
+    own: str  # glob of the data set's own files, where it has a folder of them
+    judged: str  # "yes": officially a model judges the replies, so our score by rules is not comparable
 
 
-HR_BENCH = partial(Benchmark, source="DreamMr/HR-Bench", over=("cycle_category",))
-CV_BENCH = {"cvbench": "CV-Bench-?D.tsv", "cvbench2d": "CV-Bench-2D.tsv", "cvbench3d": "CV-Bench-3D.tsv"}
-MME_REALWORLD = partial(Benchmark, source="yifanzhang114/MME-RealWorld-Base64")
-CHOICE = ("MMStar", "RealWorldQA", "AI2D_TEST", "BLINK", "MMVP")
-REFCOCO = Benchmark("RefCOCO*.tsv", "box", "mjuicem/RefCOCO-VLMEvalKit", ("split",))
-VSTAR = "craigwu/vstar_bench (folders), xjtupanda/VStar_Bench"
-JUDGED = partial(Benchmark, judged=True)
-BENCHMARKS = {
-    "table": Benchmark("*.tsv", source="your own questions, in the columns of MMStar.tsv"),
-    # Its own folders are direct_attributes and relative_position.
-    "vstar": Benchmark("VStarBench.tsv", source=VSTAR, own="[dr]*_[ap]*/[!.]*.json"),
-    "hrbench4k": HR_BENCH("hr_bench_4k.tsv or HRBench4K.tsv"),
-    "hrbench8k": HR_BENCH("hr_bench_8k.tsv or HRBench8K.tsv"),
-    "treebench": Benchmark("TreeBench.tsv", source="HaochenWang/TreeBench"),
-    **{name: Benchmark(file, over=("split", "source")) for name, file in CV_BENCH.items()},
-    "mme_realworld": MME_REALWORLD("MME-RealWorld.tsv"),
-    "mme_realworld_lite": MME_REALWORLD("mme_realworld_lite.tsv or MME-RealWorld-Lite.tsv"),
-    **{name.lower().partition("_")[0]: Benchmark(f"{name}.tsv") for name in CHOICE},
-    "pope": Benchmark("POPE.tsv", "yesno"),
-    "hallusionbench": Benchmark("HallusionBench.tsv", "yesno"),
-    "ocrbench": Benchmark("OCRBench.tsv", "string"),
-    "countbenchqa": Benchmark("CountBenchQA.tsv", "string"),
-    **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), REFCOCO),
-    # VLMEvalKit unpacks BabyVision two folders below its own.
-    "babyvision": JUDGED("BabyVision.tsv", source="UnipatAI/BabyVision", own="**/meta_data.jsonl"),
-    "mathverse": JUDGED("MathVerse_MINIV.tsv or MathVerse_MINI.tsv", source=COMPASS + "benchmarks/MathVerse"),
-    **{name.lower(): JUDGED(f"{name}.tsv") for name in ("MathVision", "WeMath", "LogicVista")},
-}
+with TABLE.open(encoding="utf-8", newline="") as table:
+    BENCHMARKS = {row["name"]: Benchmark(**row) for row in csv.DictReader(table, delimiter="\t")}
 
 
 class BadSample(UserError, UnusableImage):
@@ -246,7 +223,7 @@ def sample_of(name: str, path: Path, row: dict[str, str], cells: dict[str, str])
         x1, y1, x2, y2 = map(float, json.loads(answer))
         boxes = [(x1, y1, x2, y2)]
         question = re.sub(r".*<ref>(.*?)</ref>.*", r"\1", question, flags=re.DOTALL)
-    sample_id = "/".join([*(row[column] for column in benchmark.over), row["index"]])
+    sample_id = "/".join([*(row[column] for column in benchmark.over.split()), row["index"]])
     question = (f"{row['hint']}\n" if "hint" in row else "") + question
     return Sample(sample_id, kind, question, options, answer, answers, row, boxes, images)
 
@@ -335,7 +312,7 @@ def groups(rows: list[dict], column: str) -> dict[str, list[dict]]:
     return {key: parts[key] for key in sorted(parts) if key}
 
 
-def accuracy(rows: list[dict], over: tuple[str, ...] = ()) -> float:
+def accuracy(rows: list[dict], over: Sequence[str] = ()) -> float:
     """Share of right answers in points of 100; with `over`, the mean of the accuracies of its groups."""
     if not over:
         return 100 * mean(row["right"] for row in rows)
@@ -387,7 +364,7 @@ def aggregate(name: str, rows: list[dict]) -> dict[str, float]:
     """
     if not rows:
         raise UserError(f"{name} has no judged reply to score: give its file.")
-    over = BENCHMARKS[name].over
+    over = BENCHMARKS[name].over.split()
     figures = {"score": accuracy(rows, over), "count": sum(row["right"] for row in rows), "n": len(rows)}
     figures["parse_rate"] = mean(row["parsed"] for row in rows)
     figures |= {"mean_iou": 100 * mean(row["iou"] for row in rows)} if "iou" in rows[0] else {}
