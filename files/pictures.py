@@ -1,6 +1,5 @@
 """Images from users: one that cannot be used is left out and counted by its reason, and never ends a run."""
 
-import math
 import sys
 import zlib
 from collections import Counter
@@ -83,8 +82,9 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
             image = image if image.size == size else ImageOps.exif_transpose(image)
             if size not in (None, image.size):
                 raise UnusableImage("of another size than annotated")
-            if image.mode == "F" or image.mode.startswith("I"):
-                image = to_8_bits(image)
+            # Pillow would cut off what is above 255, and only their maker knows the range of the values.
+            if image.mode[0] in "IF":
+                raise UnusableImage("of over 8 bits a value")
             # A palette with transparency becomes RGB correctly only by way of RGBA. Pixels that one sees
             # through would keep a hidden colour, mostly black, as the strokes of a drawing: white is behind.
             image = image.convert("RGBA")
@@ -95,23 +95,6 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError) and path.read_bytes()[4:8] in (b"ftyp", b"jP  "):
             reasons[type(error)] = "of a format that is not read, such as HEIC"
         raise UnusableImage(reasons.get(type(error), "broken or not an image")) from None
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of floats or of over 8 bits a pixel in 256 levels; Pillow would cut off what is above 255.
-
-    Floats have a range of 0 to 1 or 0 to 255, integers one of 12 or 16 bits: the first that holds all values;
-    where none does, the range is that of the values themselves.
-    """
-    image = image if image.mode == "F" else image.convert("I")
-    low, high = image.getextrema()
-    if not math.isfinite(high - low):
-        raise UnusableImage("with values that are not finite")
-    tops = {1: 255, 255: 1} if image.mode == "F" else {2**12 - 1: 1 / 16, 2**16 - 1: 1 / 256}
-    scale = next((scale for top, scale in tops.items() if low >= 0 and high <= top), None)
-    low, scale = (0, scale) if scale else (low, 255 / (high - low or 1))
-    half = 0.5 if image.mode == "F" else 0  # floats are rounded; of integers the highest 8 bits are kept
-    return image.convert("F").point(lambda value: value * scale + (half - low * scale)).convert("L")
 
 
 @dataclass

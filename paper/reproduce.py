@@ -2,6 +2,8 @@
 
     python -m paper.reproduce --base-b FOLDER    all rows on both bases (4 hours on 2 cores), into paper/
     python -m paper.reproduce --quick            the same in minutes, too short to mean anything: runs/quick/
+    python -m paper.reproduce --attempt "why" [--base-a FOLDER] [--variant NAME] [flags of locus_mini.py]
+                                                 one training run, measured on development seeds and scenes
 
 Base A is tiny/model, base B is what `python -m tiny.build --out FOLDER --seed 1` makes; protocol.json names
 both by the SHA-256 of their weights. A row is one training run with one seed on one base, on one thread. Its
@@ -29,7 +31,7 @@ from data import CueConfig, open_cues, scene_cues
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
-from files.disk import sha256, write_json
+from files.disk import fingerprint, sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder
 from locus_mini import train
 from models import add_lora, load_policy
@@ -39,7 +41,7 @@ from policy import Policy, collate, rollout, run_text
 from prompts import EncodedPrompt
 from tiny.scenes import SIDES
 from training.run_folder import lock_run_folder, versions
-from training.settings import resolve
+from training.settings import read_flags, resolve
 
 RUNS = verdicts.HERE.parent / "runs"
 
@@ -134,6 +136,44 @@ def run_row(row: Row) -> dict[str, Any]:
     return content
 
 
+# ---------------------------------------------------------------- one attempt
+
+
+def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """One attempt at moving questions, measured on development seeds and scenes: a line of attempts.jsonl.
+
+    Every attempt is kept, good or bad, and RESULTS.md shows them all. None sees the seeds and scenes that
+    protocol.json keeps for the run that decides. Its figures are in points: before, and the change with its
+    standard error.
+    """
+    protocol = verdicts.read_json(verdicts.HERE / "protocol.json")
+    development, weights = protocol["development"], sha256(Path(model) / "model.safetensors")
+    if foreign := flags.keys() & {"model", "data", "out", "resume", "dry_run"}:
+        raise UserError(f"--{foreign.pop().replace('_', '-')} is no flag of an attempt: leave it out.")
+    seeds = [flags.pop("seed")] if "seed" in flags else development["seeds"]
+    if taken := {*seeds} & {*protocol["seeds"]}:
+        raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")
+    settings, contents = {"steps": protocol["steps"]} | flags, []
+    for name, run_flags in [("locus", {"steps": 0}), *((variant, settings | {"seed": s}) for s in seeds)]:
+        # Its folder is named by all that a run depends on, so no run is made twice.
+        parts = (weights, name, str(sorted(run_flags.items())), str(development["measured"]))
+        folder = RUNS / "attempts" / fingerprint(map(str.encode, parts))
+        row = Row(model, name, run_flags, development["measured"], folder, folder / "row.json.gz")
+        contents.append(run_row(row))
+    base, *runs = contents
+    line = {"note": note, "commit": runs[0]["versions"]["commit"], "base": weights, "variant": variant}
+    line |= {"settings": settings, "seeds": seeds, "seconds": sum(run["seconds"] for run in runs)}
+    line |= {"kl": round(mean(run["kl"]["all"] for run in runs), 4), "figures": {}}
+    for key in runs[0]["samples"]:
+        before = [base["samples"][key]] * len(runs)
+        entry = verdicts.contrast([run["samples"][key] for run in runs], before)
+        entry["before"] = 100 * mean(before[0])
+        line["figures"][key] = {part: round(entry[part], 2) for part in ("before", "change", "error", "n")}
+    with verdicts.ATTEMPTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
 # ---------------------------------------------------------------- all rows
 
 
@@ -187,8 +227,15 @@ def main() -> None:
     parser.add_argument("--base-b", help="folder of base B; --quick can do without")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
-    args = parser.parse_args()
+    parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
+    parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of the attempt")
+    args, rest = parser.parse_known_args()
     with exit_on_error():
+        if args.attempt:
+            line = attempt(args.attempt, model_folder(args.base_a), args.variant, read_flags(__doc__, rest))
+            return print(json.dumps(line, indent=2))
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
         models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}

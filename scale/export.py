@@ -97,10 +97,10 @@ def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, in
 
 
 def needs_no_copy(path: Path, name: str) -> bool:
-    """Whether every engine shows the file as the loop does: no EXIF turn, no 16 bits, a printable name."""
+    """Whether every engine shows the file as the loop does: no EXIF turn, a printable name."""
     with Image.open(path) as image:
         turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
-        return not turned and image.mode[0] not in "IF" and name.isprintable()
+        return not turned and name.isprintable()
 
 
 def make_row(target: Target, cue: Cue, source: str, images: list[str]) -> dict[str, Any]:

@@ -346,7 +346,6 @@ def on_white(alphas) -> Image.Image:
     return Image.fromarray(composed[np.asarray(PALETTE)])
 
 
-SIXTEEN = (np.arange(200 * 100).reshape(100, 200) * 3).astype(np.uint16)
 TURNED = COLOUR.transpose(Image.Transpose.ROTATE_270)
 KINDS = {  # kind: the image, its file name, options of save, the size in the JSON, the expected RGB image
     "grey": (GREY, "a.png", {}, None, GREY.convert("RGB")),
@@ -357,7 +356,6 @@ KINDS = {  # kind: the image, its file name, options of save, the size in the JS
     "palette": (PALETTE, "a.png", {}, None, PALETTE.convert("RGB")),
     "palette, alpha": (PALETTE, "a.png", {"transparency": bytes(range(32))}, None, on_white(range(32))),
     "GIF": (PALETTE, "a.gif", {"transparency": 3}, None, on_white([255] * 3 + [0] + [255] * 28)),
-    "16 bit": (Image.fromarray(SIXTEEN), "a.png", {}, None, Image.fromarray(SIXTEEN // 256).convert("RGB")),
     "boxes on raw pixels": (COLOUR, "a.png", exif_6(), None, COLOUR),
     "boxes on turned pixels": (COLOUR, "a.png", exif_6(), (100, 200), TURNED),
 }

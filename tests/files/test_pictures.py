@@ -274,30 +274,17 @@ def test_what_is_transparent_is_white(mode, tmp_path):
 
 
 GREY = np.asarray(noise(SIZE, 3).convert("L"))
-DEEP = {  # values of more than 8 bits, and the grey levels that they stand for
-    "12 bits in 16": (GREY.astype(np.uint16) * 16 + 15, GREY),
-    "16 bits": (GREY.astype(np.uint16) * 256 + 255, GREY),
-    "32 bits": ((GREY > 99) * np.int32(100_000), (GREY > 99) * 255),
-    "floats to 1": (GREY.astype(np.float32) / 255, GREY),
-    "floats to 255": (GREY.astype(np.float32), GREY),
-    "floats of their own range": (
-        GREY.astype(np.float32) * 10 - 500,
-        (GREY - GREY.min()) * 255.0 / np.ptp(GREY),
-    ),
+DEEP = {
+    "16 bits": GREY.astype(np.uint16) * 256,
+    "32 bits": GREY * np.int32(999),
+    "floats": GREY / np.float32(255),
 }
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_deep_images_keep_their_levels(kind, tmp_path):
-    values, expected = DEEP[kind]
-    Image.fromarray(values).save(tmp_path / "1.tif")
-    levels = np.asarray(load_image(tmp_path / "1.tif").convert("L")).astype(float)
-    assert np.abs(levels - expected).max() <= (1 if "own" in kind else 0)
-
-
-def test_values_that_are_not_finite_are_a_reason(tmp_path):
-    Image.fromarray(np.where(GREY > 99, np.inf, GREY).astype(np.float32)).save(tmp_path / "1.tif")
-    with pytest.raises(UnusableImage, match="not finite"):
+def test_values_of_over_8_bits_are_left_out_with_the_reason(kind, tmp_path):
+    Image.fromarray(DEEP[kind]).save(tmp_path / "1.tif")
+    with pytest.raises(UnusableImage, match="of over 8 bits a value"):
         load_image(tmp_path / "1.tif")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paper import attempt, report, reproduce, verdicts
+from paper import report, reproduce, verdicts
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_the_figure_is_drawn_or_the_package_named(folder, lines, capsys):
     assert drawn or "pip install -r notebooks/requirements.txt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [report, reproduce, attempt, verdicts])
+@pytest.mark.parametrize("module", [report, reproduce, verdicts])
 def test_help_writes_nothing(module, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", "--help"])
     monkeypatch.setattr(report, "write", None)

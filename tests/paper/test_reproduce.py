@@ -13,7 +13,7 @@ from data import CueConfig, encode_cue, scene_cues
 from evaluation.heldout import build_heldout_set
 from files.errors import UserError
 from models import add_lora, make_policy
-from paper import attempt, reproduce, verdicts
+from paper import reproduce, verdicts
 from paper.variants import variant_flags
 from policy import Policy, collate, token_logps
 from prompts import FAMILIES, Processor
@@ -153,7 +153,6 @@ def short_protocol(tmp_path, monkeypatch) -> dict:
     monkeypatch.setattr(verdicts, "HERE", tmp_path)
     monkeypatch.setattr(verdicts, "ATTEMPTS", tmp_path / "attempts.jsonl")
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(attempt, "RUNS", tmp_path / "runs")
     return protocol
 
 
@@ -179,8 +178,8 @@ def test_quick_rows_become_a_report_that_can_be_checked(base, tmp_path, short_pr
 
 def test_an_attempt_is_a_line_with_its_figures(base, tmp_path, short_protocol, monkeypatch, capsys):
     flags = ["--prompts", "2", "--num-generations", "2", "--beta", "0.5"]
-    monkeypatch.setattr(sys, "argv", ["attempt.py", "--note", "a try", "--base", str(base), *flags])
-    attempt.main()
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--attempt", "a try", "--base-a", str(base), *flags])
+    reproduce.main()
     (line,) = map(json.loads, verdicts.ATTEMPTS.read_text().splitlines())
     assert line["note"] == "a try" and line["variant"] == "locus" and line["seeds"] == [0]
     assert line["settings"] == {"steps": 1, "prompts": 2, "num_generations": 2, "beta": 0.5}
@@ -195,8 +194,9 @@ def test_an_attempt_is_a_line_with_its_figures(base, tmp_path, short_protocol, m
 
 @pytest.mark.parametrize("flags", ["--seed 31", "--out x", "--model tiny", "--dry-run"])
 def test_an_attempt_stays_away_from_the_run_that_decides(flags, base, short_protocol, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["attempt.py", "--note", "x", "--base", str(base), *flags.split()])
+    command = ["reproduce.py", "--attempt", "x", "--base-a", str(base)]
+    monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
     with pytest.raises(SystemExit) as stopped:
-        attempt.main()
+        reproduce.main()
     assert stopped.value.code == 2 and flags.split()[0] in capsys.readouterr().err
     assert not verdicts.ATTEMPTS.exists()
