@@ -6,10 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 # Models this small are no slower on one thread, and where other programs want the cores they are much faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import programs
 import pytest
 from random_models import KINDS, random_policy, with_adapter
 
 from policy import Policy
+
+programs.start_server()
 
 
 @pytest.fixture(params=KINDS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from programs import Program
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import eval as eval_module
@@ -104,8 +105,8 @@ def test_results_have_their_keys(run):
 
 def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
     folder, _ = run
-    assert launch("locus_mini.py", "--out", "again", *SMALL, cwd=tmp_path).returncode == 0
     again = tmp_path / "again"
+    assert Program("--out", again, *SMALL).wait() == 0
 
     def metrics(path: Path) -> list[dict]:
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 
 import locus_mini
 from data import CueConfig, open_cues
@@ -149,9 +149,8 @@ locus_mini.main()
 
 def kill(moment: str, *arguments: object) -> None:
     """Starts or resumes a run in a process that ends by itself, without a word, at a moment of KILLED."""
-    command = [sys.executable, "-c", KILLED, *map(str, arguments), moment]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 9, done.stderr
+    process = Program(*arguments, moment, code=KILLED)
+    assert process.wait() == 9, process.stderr
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from programs import Program
 from random_models import random_policy
 
 from data import CueConfig, scene_cues
@@ -44,10 +45,9 @@ def head_of(card: str) -> dict:
 def run(tmp_path_factory) -> Path:
     """The folder of a small run of the program."""
     folder = tmp_path_factory.mktemp("runs") / "my-run"
-    command = [sys.executable, str(ROOT / "locus_mini.py"), "--out", str(folder), *map(str, FLAGS)]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (folder / "printed.txt").write_text(done.stdout)
+    process = Program("--out", folder, *FLAGS)
+    assert process.wait() == 0, process.stderr
+    (folder / "printed.txt").write_text(process.stdout)
     return folder
 
 

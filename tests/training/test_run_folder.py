@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 from random_models import noise
 from torch import nn
 
@@ -25,12 +25,6 @@ from training import checks, run_folder
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", 20, "--prompts", 4, "--num-generations", 4, "--max-new-tokens", 16, "--eval-cues", 6]
 SMALL = [str(word) for word in (*SMALL, "--save-every", 4, "--show-every", 0)]
-
-
-def start(*arguments: object, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "locus_mini.py"), *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
 def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
@@ -48,8 +42,8 @@ def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 def uninterrupted(tmp_path_factory) -> Path:
     """A run of twenty steps without a break."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start("--out", folder, *SMALL)
-    assert process.wait(300) == 0, process.stderr.read()
+    process = Program("--out", folder, *SMALL)
+    assert process.wait() == 0, process.stderr
     return folder
 
 
@@ -108,8 +102,8 @@ def test_ten_and_ten_steps_are_twenty(run, uninterrupted):
     assert [row["step"] for row in metrics(run)] == list(range(10))
     assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
     assert not (run / "results.json").exists() and not (run / "adapter").exists(), "nothing is evaluated"
-    process = start("--resume", run)
-    assert process.wait(300) == 0, process.stderr.read()
+    process = Program("--resume", run)
+    assert process.wait() == 0, process.stderr
     assert_same_end(run, uninterrupted)
 
 
@@ -149,15 +143,14 @@ def test_kills_at_three_moments_change_nothing(uninterrupted, tmp_path):
         lambda: any(folder.glob("checkpoints/*.new/*")),
     ]
     for i, moment in enumerate(moments):
-        process = start(*(("--resume", folder) if i else ("--out", folder, *SMALL)))
+        process = Program(*(("--resume", folder) if i else ("--out", folder, *SMALL)))
         while not moment():
-            assert process.poll() is None, process.stderr.read()
+            assert process.wait(0) is None, process.stderr
             time.sleep(0.0005)
         process.kill()
-        process.wait()
     assert len(run_folder.checkpoints(folder)) >= 1
-    process = start("--resume", folder)
-    assert process.wait(300) == 0, process.stderr.read()
+    process = Program("--resume", folder)
+    assert process.wait() == 0, process.stderr
     assert_same_end(folder, uninterrupted)
 
 
@@ -302,16 +295,12 @@ def test_out_with_the_folder_of_a_run_names_resume(run, monkeypatch, capsys):
 
 
 def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(run, monkeypatch, capsys, uninterrupted):
-    resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
-
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
+    pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     assert (run / "checkpoints/step-000010/optimizer.pt").stat().st_size > 300_000
     assert (run / "answers.jsonl").stat().st_size < 100_000
-    process = start("--resume", run, preexec_fn=limit_file_size)
-    assert process.wait(300) == 2
-    stderr = process.stderr.read()
+    process = Program("--resume", run, max_file_size=300_000)
+    assert process.wait() == 2
+    stderr = process.stderr
     assert "cannot be written" in stderr and "--resume" in stderr and "Traceback" not in stderr
     assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
     assert in_process(monkeypatch, capsys, "--resume", run)[0] == 0
@@ -328,15 +317,13 @@ def slow(*_):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
 locus_mini.train_step = slow
-sys.argv = ["locus_mini.py", *sys.argv[1:]]
 locus_mini.main()
 """
 
 
 def test_a_second_interrupt_stops_at_once(run):
-    command = [sys.executable, "-c", SLOW, "--resume", str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 130 and "Interrupt again to stop at once" in done.stderr
+    process = Program("--resume", run, code=SLOW)
+    assert process.wait() == 130 and "Interrupt again to stop at once" in process.stderr
     assert [path.name for path in run_folder.checkpoints(run)] == ["step-000008", "step-000010"]
 
 

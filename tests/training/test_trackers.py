@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import Program
 
 import locus_mini
 from training import run_folder
@@ -65,9 +66,8 @@ def test_tensorboard_shows_each_step_of_a_killed_run_once(tmp_path):
         "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
     )
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED, "--out", folder, *SMALL, "--report-to", "tensorboard"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 9, done.stderr
+    process = Program("--out", folder, *SMALL, "--report-to", "tensorboard", code=KILLED)
+    assert process.wait() == 9, process.stderr
     assert run_folder.checkpoints(folder)[-1].name == "step-000004", "step 4 is reported and not saved"
     assert run_program("--resume", folder) == 0
     assert len(list((folder / "tensorboard").iterdir())) == 2, "a file from each process"
@@ -177,10 +177,10 @@ finally:
 
 
 def test_without_a_tracker_nothing_is_imported_and_no_id_is_stored(tmp_path):
-    code = f"import sys, locus_mini; sys.argv = ['x', '--out', {str(tmp_path / 'run')!r}, *{SMALL[:-6]!r}]"
-    code += "; locus_mini.main(); print([n for n in ('tensorboard', 'wandb') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
+    code = "import sys, locus_mini; locus_mini.main()"
+    code += "; print([name for name in ('tensorboard', 'wandb') if name in sys.modules])"
+    process = Program("--out", tmp_path / "run", *SMALL[:-6], code=code)
+    assert process.wait() == 0 and process.stdout.endswith("[]\n"), process.stderr
     assert "tracker_run" not in json.loads((tmp_path / "run" / "config.json").read_text())
 
 
