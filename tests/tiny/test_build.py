@@ -1,15 +1,14 @@
 """The build of the embedded model: its tokenizer, its fast paths against slow ones, and how it resumes."""
 
-import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import Program
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from files.disk import sha256
@@ -31,9 +30,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def build(tmp_path, monkeypatch):
+def build(tmp_path):
     """An untrained build with three examples; `images` has each one's image and crops."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # those of other tests stay
     build = tiny_build.Build(tmp_path / "model", 0, STEPS)
     rng, examples, build.images = random.Random("examples"), [], []
     for _ in range(3):
@@ -189,7 +187,7 @@ def test_no_stage_shrinks_the_range_of_counts():
 # ---------------------------------------------------------------- the real build, small
 
 # Builds into a folder by processes that kill themselves with SIGKILL, each after so many optimizer steps
-# (0: never). They are forks, so PyTorch is imported once.
+# (0: never).
 BUILDS = """
 import os, signal, sys
 from itertools import count
@@ -210,26 +208,24 @@ for folder, kills in (argument.split("=") for argument in sys.argv[1:]):
 """
 
 
-def launch(*arguments: str | Path) -> str:
-    """What a Python process prints; it must end well."""
-    env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def launch(*arguments: object, code: str = "from tiny import build; build.main()") -> str:
+    """What a process prints; it must end well. By default it is a build."""
+    process = Program(*arguments, code=code)
+    assert process.wait() == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a build that nothing interrupted, and what it printed."""
     folder = tmp_path_factory.mktemp("build") / "model"
-    flags = ("--out", folder, "--seed", "0", "--steps-per-stage", str(STEPS))
-    return folder, launch("-m", "tiny.build", *flags)
+    return folder, launch("--out", folder, "--seed", 0, "--steps-per-stage", STEPS)
 
 
 def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished, tmp_path):
     again, killed = tmp_path / "again", tmp_path / "killed"
     # Each kill comes between the last step of a stage and the state that would have it.
-    printed = launch("-c", BUILDS, f"{again}=0", f"{killed}=2,3,3,3,0")
+    printed = launch(f"{again}=0", f"{killed}=2,3,3,3,0", code=BUILDS)
     ends = [int(line.removeprefix("ended with ")) for line in printed.splitlines() if "ended" in line]
     assert ends == [0, *[-signal.SIGKILL] * 4, 0]
     hashes = {sha256(folder / "model.safetensors") for folder in (finished[0], again, killed)}
@@ -261,14 +257,12 @@ def test_a_finished_build_is_not_trained_again(finished, monkeypatch):
     (folder / "model.safetensors").unlink()
     for name in ("vision_loss", "turns_loss", "save"):
         monkeypatch.setattr(tiny_build.Build, name, lambda *_, **__: pytest.fail("it trains"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     tiny_build.run_build(tiny_build.Build(folder, 0, STEPS), folder)
     assert sha256(folder / "model.safetensors") == before
 
 
 @pytest.mark.parametrize(("seed", "steps"), [(1, STEPS), (0, STEPS + 1), (0, None)])
-def test_other_settings_are_refused_on_resume(seed, steps, finished, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+def test_other_settings_are_refused_on_resume(seed, steps, finished):
     with pytest.raises(UserError, match="state.pt has (seed|steps) .*, not .*: give the same"):
         tiny_build.Build(finished[0], seed, steps)
 
