@@ -4,8 +4,9 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path, PurePath
+from string import Template
 from typing import Any
 
 from data import CueConfig, Cues, open_cues
@@ -13,13 +14,17 @@ from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import summarize, table
 from files.checkpoints import check_device
-from files.disk import write_json
+from files.disk import read_lines, sync, write_json
 from files.errors import exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
-from training import checks, learning, model_card, pictures, run_folder, settings
+from prompts import prompt_text
+from training import checks, learning, pictures, run_folder, settings
 from training.memory import phase
 from training.settings import MEMORY, Config, absolute_paths, as_arguments, print_settings, resolve
+
+QUESTION = "Where is the red star?"  # an example, where readers put in their own
+NOT_LISTED = ("model", "data", "out", *MEMORY)  # settings that the text names, or that change no result
 
 
 @dataclass
@@ -55,12 +60,13 @@ def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
     return add_lora(policy, cfg.lora_rank, cfg.seed), cfg, origin
 
 
-def open_run_cues(cfg: Config) -> tuple[Cues, Cues, list[Path | None]]:
-    """The cues that a run trains on, those that it is measured on, and the files that they come from."""
+def open_run_cues(cfg: Config) -> tuple[Cues, Cues, dict[str, dict[str, str]]]:
+    """The cues that a run trains on, those that it is measured on, and the run's `run_folder.input_files`."""
     files = {name: getattr(cfg, name) for name in ("annotations", "images", "exclude", "expressions")}
     cues = open_cues(cfg.data, "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio), **files)
     # Every run measures on the same held-out cues, whatever its seed and its source of cues.
-    return cues, open_cues(cfg.data, "heldout", 0, CueConfig(), **files), [*files.values()]
+    heldout_cues = open_cues(cfg.data, "heldout", 0, CueConfig(), **files)
+    return cues, heldout_cues, run_folder.input_files(*files.values(), cfg.cue_prompt, Path(cfg.data))
 
 
 def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
@@ -75,10 +81,9 @@ def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     policy, cfg, origin = prepare(flags)
     cues, heldout_cues, files = open_run_cues(cfg)
     folder = folder or run_folder.new_folder(cfg.out)
-    input_files = run_folder.input_files(*files, cfg.cue_prompt, Path(cfg.data))
     inputs = {"task": task, "cue_text": policy.processor.family.cue_text}
-    inputs |= run_folder.fingerprints(policy.base_model, input_files)
-    origin = run_folder.write_config(folder, stored, cfg, origin, inputs, input_files)
+    inputs |= run_folder.fingerprints(policy.base_model, files)
+    origin = run_folder.write_config(folder, stored, cfg, origin, inputs, files)
     print_settings(cfg, policy.processor.family, origin)
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
@@ -128,8 +133,8 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
     learning.draw_run(folder, experiment.heldout_cues)
     # Write it down: results.json last, because a folder that holds it is complete.
-    model_card.write_model_card(folder, policy, table(before, after))
-    training = sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open())
+    write_model_card(folder, policy, table(before, after))
+    training = sum(metrics["seconds"] for metrics in read_lines(folder / "metrics.jsonl"))
     seconds = {"training": round(training, 1), "all": round(time.monotonic() - experiment.started, 1)}
     results = summarize(before, after)
     results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
@@ -142,6 +147,36 @@ def train_and_measure(experiment: Experiment, train: Callable, encode: Callable)
     print(*eval_commands(folder), shlex.join(["python", "eval.py", "report", str(folder)]), sep="\n")
 
 
+# ---------------------------------------------------------------- after a run
+
+
+def write_model_card(folder: Path, policy: Policy, scores: str) -> None:
+    """Writes README.md, the model card, and before_after.png into the adapter of a run; scores: their table.
+
+    The hub shows the card, whose text is model_card.md. It replaces the README.md of PEFT's save_pretrained.
+    There is no date in it and no path: a resumed run writes the same bytes, and readers on the hub learn
+    nothing about the folders of a computer.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shown = {name: PurePath(v).name if isinstance(v, str) else v for name, v in config.items()}
+    changed = [f.name for f in fields(Config) if config[f.name] != f.default and f.name not in NOT_LISTED]
+    rows = [f"| `{settings.flag_of(name)}` | {shown[name]} | {config['origin'][name]} |" for name in changed]
+    is_local = config["model"] == "tiny" or Path(config["model"]).is_dir()
+    base = "tiny/model" if config["model"] == "tiny" else shown["model"] if is_local else config["model"]
+    # The hub refuses a card whose base model or data set is none of its ids.
+    head = "" if is_local else f"\nbase_model: {base}"
+    head += "\ndatasets:\n- coco" if config["data"] == "coco" else ""
+    is_4bit = getattr(policy.base_model, "is_loaded_in_4bit", False)
+    precision = "4 bit (NF4)" if is_4bit else str(policy.base_model.dtype).removeprefix("torch.")
+    prompt = prompt_text(policy.processor.family, "string", question=QUESTION)
+    shown |= {"base": base, "head": head, "precision": precision, "prompt": repr(prompt), "table": scores}
+    text = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    card, picture = folder / "adapter" / "README.md", folder / "before_after.png"
+    card.with_name(picture.name).write_bytes(picture.read_bytes())
+    card.write_text(text.substitute(shown, settings="\n".join(rows)), encoding="utf-8", newline="\n")
+    sync(card)
+
+
 def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -151,5 +186,5 @@ def eval_commands(folder: Path) -> list[str]:
     flags = as_arguments({"adapter": folder / "adapter"} | given)
     tasks = [["scenes" if config["data"] == "scenes" else "cues"]]
     if config["model"] == "tiny":
-        tasks.append(["ask", "docs/scene.png", "Where is the red star?"])
+        tasks.append(["ask", "docs/scene.png", QUESTION])
     return [shlex.join(["python", "eval.py", *task, *flags]) for task in tasks]

@@ -13,11 +13,12 @@ from string import Template
 
 from data import Cues
 from evaluation.scores import ROWS
+from files.disk import read_lines
 from files.errors import UserError
 from training.experiment import open_run_cues
-from training.learning import draw_run, read_lines
+from training.learning import draw_run
 from training.pictures import draw_numbered_boxes, line_name
-from training.run_folder import UNREADABLE, first_change, input_files
+from training.run_folder import UNREADABLE, first_change
 from training.settings import Config, flag_of, stored_flags
 
 # Field of the page: the files that it shows.
@@ -72,23 +73,19 @@ def group_section(line: dict, cues: Cues | None) -> str:
     return f'<section id="step-{line["step"]}">{image}<article>{texts}</article></section>'
 
 
-def open_cues_of(folder: Path, config: dict) -> tuple[Cues, Cues]:
-    """The training and the held-out cues of a run; UserError where its data is missing or has changed."""
-    cfg = Config(**stored_flags(config))
-    cues, heldout_cues, files = open_run_cues(cfg)
-    inputs = input_files(*files, cfg.cue_prompt, Path(cfg.data))
-    if change := first_change((folder / "inputs.json").read_text(encoding="utf-8"), inputs):
-        raise UserError(f"The data is not that of the run{change}: put it back.")
-    return cues, heldout_cues
-
-
 def page(folder: Path) -> str:
-    """The page of a run folder; draws its curve.png and learning.gif again."""
+    """The page of a run folder; draws its curve.png and learning.gif again.
+
+    Where the data of the run is missing or has changed, the page has no image of a cue.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    cues, heldout_cues, problem, results = None, None, "", folder / "results.json"
+    problem, results = "", folder / "results.json"
     try:
-        cues, heldout_cues = open_cues_of(folder, config)
+        cues, heldout_cues, files = open_run_cues(Config(**stored_flags(config)))
+        if change := first_change((folder / "inputs.json").read_text(encoding="utf-8"), files):
+            raise UserError(f"The data is not that of the run{change}: put it back.")
     except UserError as error:
+        cues, heldout_cues = None, None
         problem = f"<p>Images are left out. {escape(str(error))}</p>"
     draw_run(folder, heldout_cues)
     parts = {"name": escape(folder.resolve().name), "settings": settings_table(config)}

@@ -41,7 +41,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.coco import read_input
-from files.disk import file_stats, fingerprint, sync, write_json
+from files.disk import continue_lines, file_stats, fingerprint, read_lines, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
@@ -87,8 +87,7 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
     old_path = files_path if files_path.exists() else None  # runs of older versions have none
-    find_change = partial(first_change, new=dict(files))
-    change = read_input("resume", old_path, "inputs.json of a run", find_change)
+    change = read_input("resume", old_path, "inputs.json of a run", partial(first_change, new=files))
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
@@ -245,16 +244,13 @@ def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
     Later lines are cut off: their steps come after the last checkpoint, so they are repeated, and a kill can
     tear the last line.
     """
-    lines = path.read_bytes().splitlines(keepends=True)[: len(steps)] if path.exists() else []
     try:
-        history = [json.loads(line) for line in lines]
+        history = read_lines(path)[: len(steps)]
         if [metrics["step"] for metrics in history] != list(steps):
             raise ValueError
     except UNREADABLE:
         raise UserError(f"{path} lacks some of the first {steps.stop} steps: start a new run.") from None
-    log = path.open("a", buffering=1, encoding="utf-8")  # each line reaches the file at once
-    log.truncate(sum(map(len, lines)))
-    return log, history
+    return continue_lines(path, len(steps)), history
 
 
 def write_line(path: Path, earlier_steps: range, line: dict) -> None:
