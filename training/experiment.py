@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path, PurePath
 from string import Template
 from typing import Any
@@ -25,19 +25,6 @@ from training.settings import MEMORY, Config, absolute_paths, as_arguments, prin
 
 QUESTION = "Where is the red star?"  # an example, where readers put in their own
 NOT_LISTED = ("model", "data", "out", *MEMORY)  # settings that the text names, or that change no result
-
-
-@dataclass
-class Experiment:
-    """A run that is ready to start or to resume."""
-
-    policy: Policy
-    cues: Cues
-    heldout_cues: Cues
-    cfg: Config
-    folder: Path
-    state: dict[str, str]  # settings and inputs: a checkpoint of the run holds the same ones
-    started: float  # in seconds, by time.monotonic()
 
 
 @phase("loading")
@@ -69,13 +56,13 @@ def open_run_cues(cfg: Config) -> tuple[Cues, Cues, dict[str, dict[str, str]]]:
     return cues, heldout_cues, run_folder.input_files(*files.values(), cfg.cue_prompt, Path(cfg.data))
 
 
-def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
+def open_experiment(flags: dict[str, Any], task: str) -> tuple[Policy, Cues, Cues, Config, Path, dict]:
     """Loads the model, opens the cues and the folder of a new or resumed run, and prints its settings.
 
-    UserError if a resumed run has other settings or inputs now.
+    Returns the policy, the cues to train on, held-out cues, every setting, the folder, and the state that the
+    checkpoints of the run hold too: its settings and inputs. UserError if a resumed run has others now.
     """
-    started, folder, stored = time.monotonic(), flags.pop("resume", None), None
-    flags = absolute_paths(flags)
+    folder, stored, flags = flags.pop("resume", None), None, absolute_paths(flags)
     if folder is not None:
         stored, flags = run_folder.resume_flags(folder, flags)
     policy, cfg, origin = prepare(flags)
@@ -88,63 +75,56 @@ def open_experiment(flags: dict[str, Any], task: str) -> Experiment:
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
     state = inputs | {name: str(v) for name, v in asdict(cfg).items() if name not in ("out", *MEMORY)}
-    return Experiment(policy, cues, heldout_cues, cfg, folder, state, started)
+    return policy, cues, heldout_cues, cfg, folder, state
 
 
 def run_experiment(flags: dict[str, Any], task: str, train: Callable, encode: Callable) -> None:
-    """A whole run, alone in its folder. After Ctrl-C it prints how to resume, and exits with 130.
-
-    train, encode: as for `train_and_measure`.
-    """
-    experiment = open_experiment(flags, task)
-    program = "locus_mini.py" if task == "locus" else f"-m paper.variants {task}"
-    command = f"python {program} --resume {shlex.quote(str(experiment.folder))}"
-    remedy, stopped = f"make room or allow it, then run: {command}", f"Stopped. Resume with: {command}"
-    with exit_on_error(remedy, stopped), run_folder.lock_run_folder(experiment.folder):
-        train_and_measure(experiment, train, encode)
-
-
-def train_and_measure(experiment: Experiment, train: Callable, encode: Callable) -> None:
     """Checks the policy, evaluates it, trains it and evaluates it again; all results are in the run folder.
 
+    After Ctrl-C it prints how to resume, and exits with 130. UserError if another process is in the folder.
     train: (policy, cues, cfg, folder, state, evaluate=) -> None, which calls evaluate(step) after each step;
     encode: (processor, cue, index, cfg) -> EncodedPrompt.
     """
-    policy, cfg, folder, state = experiment.policy, experiment.cfg, experiment.folder, experiment.state
-    if (folder / "results.json").exists():
-        print(f"{folder} is complete: it holds results.json.")
-        return
-    num_prompts = min(4, cfg.prompts, max(2, cfg.micro_batch))
-    prompts = [encode(policy.processor, experiment.cues[i], i, cfg) for i in range(num_prompts)]
-    with phase("rollout"):
-        gaps = checks.self_check(policy, prompts, cfg.num_generations, cfg.max_new_tokens, cfg.seed)
-    print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in gaps.items()))
-    # Measure the base model.
-    cache, longest = ReplyCache(folder / "answers.jsonl", state), cfg.max_new_tokens
-    held = heldout.build_heldout_set(policy, experiment.heldout_cues, cfg.eval_cues)
-    before = heldout.evaluate(policy, held, longest, "before", cache)
-    checks.check_frame(policy, held, before)
-    baselines = heldout.baselines(policy, held, longest, cache)
-    # Train, and measure again.
-    evaluate = learning.evaluator(policy, experiment.heldout_cues, cfg, folder, before.boxes)
-    train(policy, experiment.cues, cfg, folder, state, evaluate=evaluate)
-    run_folder.save_adapter(policy.model, folder / "adapter")
-    after = heldout.evaluate(policy, held, longest, "after", cache)
-    pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
-    learning.draw_run(folder, experiment.heldout_cues)
-    # Write it down: results.json last, because a folder that holds it is complete.
-    write_model_card(folder, policy, table(before, after))
-    training = sum(metrics["seconds"] for metrics in read_lines(folder / "metrics.jsonl"))
-    seconds = {"training": round(training, 1), "all": round(time.monotonic() - experiment.started, 1)}
-    results = summarize(before, after)
-    results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
-    parts = experiment.cues.left_out + experiment.heldout_cues.left_out
-    results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}
-    write_json(folder / "results.json", results)
-    print(table(before, after))
-    print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
-    print(f"{seconds['all']:.0f} seconds; adapter, results.json and images are in {folder}. Next:")
-    print(*eval_commands(folder), shlex.join(["python", "eval.py", "report", str(folder)]), sep="\n")
+    started = time.monotonic()
+    policy, cues, heldout_cues, cfg, folder, state = open_experiment(flags, task)
+    program = "locus_mini.py" if task == "locus" else f"-m paper.variants {task}"
+    command = f"python {program} --resume {shlex.quote(str(folder))}"
+    remedy, stopped = f"make room or allow it, then run: {command}", f"Stopped. Resume with: {command}"
+    with exit_on_error(remedy, stopped), run_folder.lock_run_folder(folder):
+        if (folder / "results.json").exists():
+            print(f"{folder} is complete: it holds results.json.")
+            return
+        num_prompts = min(4, cfg.prompts, max(2, cfg.micro_batch))
+        prompts = [encode(policy.processor, cues[i], i, cfg) for i in range(num_prompts)]
+        with phase("rollout"):
+            gaps = checks.self_check(policy, prompts, cfg.num_generations, cfg.max_new_tokens, cfg.seed)
+        print("self-check passed: " + ", ".join(f"{name} {value:.2g}" for name, value in gaps.items()))
+        # Measure the base model.
+        cache, longest = ReplyCache(folder / "answers.jsonl", state), cfg.max_new_tokens
+        held = heldout.build_heldout_set(policy, heldout_cues, cfg.eval_cues)
+        before = heldout.evaluate(policy, held, longest, "before", cache)
+        checks.check_frame(policy, held, before)
+        baselines = heldout.baselines(policy, held, longest, cache)
+        # Train, and measure again.
+        evaluate = learning.evaluator(policy, heldout_cues, cfg, folder, before.boxes)
+        train(policy, cues, cfg, folder, state, evaluate=evaluate)
+        run_folder.save_adapter(policy.model, folder / "adapter")
+        after = heldout.evaluate(policy, held, longest, "after", cache)
+        pictures.draw_cues(held.cues, before.boxes, after.boxes, folder / "before_after.png")
+        learning.draw_run(folder, heldout_cues)
+        # Write it down: results.json last, because a folder that holds it is complete.
+        write_model_card(folder, policy, table(before, after))
+        training = sum(metrics["seconds"] for metrics in read_lines(folder / "metrics.jsonl"))
+        seconds = {"training": round(training, 1), "all": round(time.monotonic() - started, 1)}
+        results = summarize(before, after)
+        results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
+        parts = cues.left_out + heldout_cues.left_out
+        results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}
+        write_json(folder / "results.json", results)
+        print(table(before, after))
+        print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))
+        print(f"{seconds['all']:.0f} seconds; adapter, results.json and images are in {folder}. Next:")
+        print(*eval_commands(folder), shlex.join(["python", "eval.py", "report", str(folder)]), sep="\n")
 
 
 # ---------------------------------------------------------------- after a run
