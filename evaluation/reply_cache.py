@@ -47,17 +47,14 @@ class ReplyCache(dict):
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a file of replies ({error}): give another --out.") from None
         if not lines:
-            self.write(settings)
+            self.file.write(json.dumps(settings) + "\n")
         for key, value in entries.items():
             first = value[:1] if isinstance(value, list) else [value]
             if first not in ([], [None]):  # a prompt that memory was too small for is tried again
                 super().__setitem__(key, value)
 
-    def write(self, line: Any) -> None:
-        self.file.write(json.dumps(line) + "\n")
-
     def __setitem__(self, key: str, value: Any) -> None:
-        self.write([key, value])
+        self.file.write(json.dumps([key, value]) + "\n")
         super().__setitem__(key, value)
 
 

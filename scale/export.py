@@ -96,13 +96,6 @@ def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, in
 # ---------------------------------------------------------------- rows
 
 
-def needs_no_copy(path: Path, name: str) -> bool:
-    """Whether every engine shows the file as the loop does: no EXIF turn, a printable name."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
-        return not turned and name.isprintable()
-
-
 def make_row(target: Target, cue: Cue, source: str, images: list[str]) -> dict[str, Any]:
     """A cue as a row for the engine; `images` are the paths of the full image and of the crop, if any."""
     task, think = "text" if source == "text" else "cue", target.engine == "trl"
@@ -137,9 +130,15 @@ def save(image: Image.Image, out: Path, name: str) -> str:
 
 
 def save_full(cue: Cue, out: Path, name: str, folder: Path | None) -> str:
-    """The path of a full image in DIR, which is written only where no file in `folder` will do."""
-    if folder and needs_no_copy(folder / cue.name, cue.name):
-        return f"images/{cue.name}"
+    """The path of a full image in DIR, which is written only where no file in `folder` will do.
+
+    A file will do if every engine shows it as the loop does: without an EXIF turn, and with a printable name.
+    """
+    if folder:
+        with Image.open(folder / cue.name) as image:
+            turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
+        if not turned and cue.name.isprintable():
+            return f"images/{cue.name}"
     return save(cue.image, out, f"turned/{name}" if folder else f"images/{name}")
 
 

@@ -197,14 +197,6 @@ def predict_hours(model: torch.nn.Module, cfg: Config, card: str) -> tuple[float
     return cfg.steps * (sampling + learning) / 3600, evaluation / 3600
 
 
-def time_table(model: torch.nn.Module, cfg: Config, gigabytes: float) -> str:
-    """The predicted hours of a run on each card with as much memory, and the length that they assume."""
-    title = f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:"
-    cards = [(card, memory) for card, (memory, *_) in CARDS.items() if memory >= gigabytes]
-    rows = (f"{c:9}{gb:>3} GB  {summary(*predict_hours(model, cfg, c))}" for c, gb in cards)
-    return "\n".join([title, *rows])
-
-
 # ---------------------------------------------------------------- measurement
 
 
@@ -266,7 +258,10 @@ def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
     finally:
         print(table(predicted, PEAKS))  # after an out-of-memory error too: it has the phases before
         peak = max(sum(parts.values()) for parts in predicted.values()) / 1e9 + CONTEXT
-        print(time_table(model, cfg, peak))
+        print(f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:")
+        for card, (memory, *_) in CARDS.items():
+            if memory >= peak:
+                print(f"{card:9}{memory:>3} GB  {summary(*predict_hours(model, cfg, card))}")
     advise_16_bits(flags)
 
 
