@@ -258,7 +258,7 @@ def dry_run(flags: dict[str, Any], train_step: Callable, task: Any) -> None:
     finally:
         print(table(predicted, PEAKS))  # after an out-of-memory error too: it has the phases before
         peak = max(sum(parts.values()) for parts in predicted.values()) / 1e9 + CONTEXT
-        print(f"Predicted time, if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:")
+        print(f"Predicted time if completions have {MEAN_LENGTH * cfg.max_new_tokens:.0f} tokens on average:")
         for card, (memory, *_) in CARDS.items():
             if memory >= peak:
                 print(f"{card:9}{memory:>3} GB  {summary(*predict_hours(model, cfg, card))}")
