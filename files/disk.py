@@ -32,10 +32,13 @@ def write_json(path: Path, content: object) -> None:
     sync(path.parent)
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The JSON values in the complete lines of a file, [] without one; a kill can tear the last line."""
+def read_lines(path: Path, count: int | None = None) -> list[Any]:
+    """The JSON values in the first `count` lines of a file, or in all complete ones; [] without a file.
+
+    A kill can tear the last line, and a power cut damage those that were not on the disk yet.
+    """
     content = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()[:count]]
 
 
 def continue_lines(path: Path, count: int) -> TextIO:

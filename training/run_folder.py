@@ -245,7 +245,7 @@ def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
     tear the last line.
     """
     try:
-        history = read_lines(path)[: len(steps)]
+        history = read_lines(path, len(steps))
         if [metrics["step"] for metrics in history] != list(steps):
             raise ValueError
     except UNREADABLE:
