@@ -86,8 +86,8 @@ from files.disk import write_json
 from files.pictures import UnusableImage, load_image
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
 from tiny.scenes import keep_only, render
+from training.experiment import write_report
 from training.pictures import draw_cues, draw_heat_maps
-from training.report import write_report
 
 ROWS = {"right, direct prompt": "direct", "right, think prompt": "think", "right, rest black": "black"}
 ROWS |= HELDOUT_ROWS | kind_rows("  {} of {} objects, rest black", "suppressed")

@@ -45,7 +45,6 @@ from training.decoding import decoder
 from training.dry_run import advise_16_bits, dry_run
 from training.experiment import run_experiment
 from training.memory import phase, step_metrics
-from training.trackers import open_tracker
 
 FP16_LOSS_SCALE = 2.0**10  # at the start; without it the smallest float16 gradients are 0
 LOSS_SCALE_INTERVAL = 100  # optimizer steps without a skipped one, after which it doubles
@@ -368,7 +367,7 @@ def train(
     first_step = run_folder.load_checkpoint(folder, policy.model, optimizer, state)
     log, metrics_history = run_folder.open_lines(folder / "metrics.jsonl", range(first_step))
     progress_bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO")
-    interruption, tracker = run_folder.Interruption(), open_tracker(cfg, folder, first_step)
+    interruption, tracker = run_folder.Interruption(), run_folder.open_tracker(cfg, folder, first_step)
     with log, progress_bar, tracker as report, interruption, ThreadPoolExecutor(1) as executor:
         # A thread reads and processes the next step's images while this step keeps the GPU busy.
         prepare = partial(executor.submit, sample_batch, policy.processor, cues, cfg=cfg, encode=task.encode)

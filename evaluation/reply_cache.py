@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from files.disk import continue_lines, read_lines
 from files.errors import UserError
 from files.pictures import UnusableImage
 from policy import Policy, collate, decode_completions, rollout
@@ -33,34 +34,27 @@ class ReplyCache(dict):
         super().__init__()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a+b")
-            self.file.seek(0)
-            content = self.file.read()
-            content = content[: content.rfind(b"\n") + 1]  # a kill can tear the last line
-            stored, *entries = [json.loads(line) for line in content.splitlines()] or [settings]
+            lines = read_lines(path)
+            stored, *entries = lines or [settings]
             differing = [name for name in settings | stored if settings.get(name) != stored.get(name)]
             entries = {str(key): value for key, value in entries}
+            if differing:
+                changes = ", ".join(f"{key}: {stored.get(key)}, not {settings.get(key)}" for key in differing)
+                raise UserError(f"{path} is of other settings ({changes}): give those, or another folder.")
+            self.file = continue_lines(path, len(lines))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a file of replies ({error}): give another --out.") from None
-        if differing:
-            changes = ", ".join(f"{name}: {stored.get(name)}, not {settings.get(name)}" for name in differing)
-            raise UserError(f"{path} is of other settings ({changes}): give those, or another folder.")
-        self.file.truncate(len(content))
-        if not content:
-            self.write(settings)
+        if not lines:
+            self.file.write(json.dumps(settings) + "\n")
         for key, value in entries.items():
             first = value[:1] if isinstance(value, list) else [value]
             if first not in ([], [None]):  # a prompt that memory was too small for is tried again
                 super().__setitem__(key, value)
 
-    def write(self, line: Any) -> None:
-        self.file.write((json.dumps(line) + "\n").encode())
-        self.file.flush()
-
     def __setitem__(self, key: str, value: Any) -> None:
-        self.write([key, value])
+        self.file.write(json.dumps([key, value]) + "\n")
         super().__setitem__(key, value)
 
 

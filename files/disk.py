@@ -1,4 +1,4 @@
-"""JSON files that no crash leaves half-written, and fingerprints that show whether files have changed."""
+"""JSON and JSON-lines files that survive a crash, and fingerprints that show whether files have changed."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # Windows leaves them in folders of images
 
@@ -29,6 +30,22 @@ def write_json(path: Path, content: object) -> None:
     sync(new_path)
     new_path.replace(path)
     sync(path.parent)
+
+
+def read_lines(path: Path, count: int | None = None) -> list[Any]:
+    """The JSON values in the first `count` lines of a file, or in all complete ones; [] without a file.
+
+    A kill can tear the last line, and a power cut damage those that were not on the disk yet.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()[:count]]
+
+
+def continue_lines(path: Path, count: int) -> TextIO:
+    """A file, new or old, open to add lines after its first `count` lines; what follows them is cut off."""
+    file = path.open("a", buffering=1, encoding="utf-8", newline="\n")  # each line reaches it at once
+    file.truncate(sum(map(len, path.read_bytes().splitlines(keepends=True)[:count])))
+    return file
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

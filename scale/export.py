@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from data import Cue, CueConfig, cue_flags, open_cues
 from files.checkpoints import read_processors
-from files.disk import file_stats, fingerprint, write_json
+from files.disk import continue_lines, file_stats, fingerprint, read_lines, write_json
 from files.errors import FlagParser, UserError, exit_on_error
 from models import read_family
 from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, prompt_text
@@ -96,13 +96,6 @@ def read_model(name: str, frame: str | None) -> tuple[Family, int, tuple[int, in
 # ---------------------------------------------------------------- rows
 
 
-def needs_no_copy(path: Path, name: str) -> bool:
-    """Whether every engine shows the file as the loop does: no EXIF turn, a printable name."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
-        return not turned and name.isprintable()
-
-
 def make_row(target: Target, cue: Cue, source: str, images: list[str]) -> dict[str, Any]:
     """A cue as a row for the engine; `images` are the paths of the full image and of the crop, if any."""
     task, think = "text" if source == "text" else "cue", target.engine == "trl"
@@ -137,9 +130,15 @@ def save(image: Image.Image, out: Path, name: str) -> str:
 
 
 def save_full(cue: Cue, out: Path, name: str, folder: Path | None) -> str:
-    """The path of a full image in DIR, which is written only where no file in `folder` will do."""
-    if folder and needs_no_copy(folder / cue.name, cue.name):
-        return f"images/{cue.name}"
+    """The path of a full image in DIR, which is written only where no file in `folder` will do.
+
+    A file will do if every engine shows it as the loop does: without an EXIF turn, and with a printable name.
+    """
+    if folder:
+        with Image.open(folder / cue.name) as image:
+            turned = image.getexif().get(0x0112, 1) in range(2, 9)  # the tag Orientation; 1 means not turned
+        if not turned and cue.name.isprintable():
+            return f"images/{cue.name}"
     return save(cue.image, out, f"turned/{name}" if folder else f"images/{name}")
 
 
@@ -180,26 +179,23 @@ def export_cues(out: Path, format: str, split: str, limit: int, data: str, seed:
         settings[f"{path.resolve()} as of"] = fingerprint(file_stats(path).values())
     out.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(out):
-        check_settings(out / f"{split}.settings.json", settings, out / f"{split}.jsonl")
+        rows_path = out / f"{split}.jsonl"
+        check_settings(out / f"{split}.settings.json", settings, rows_path)
         link_images(out, folder)
         if format == "easyr1":
             think = PROMPTS[target.family.template]["think"]
             (out / "format.jinja").write_text("{{ content | trim }}" + think + "\n", encoding="utf-8")
-        with (out / f"{split}.jsonl").open("a+b") as rows:
-            rows.seek(0)
-            lengths = [len(line) for line in rows if line.endswith(b"\n")]
-            rows.truncate(sum(lengths))  # an interruption can leave part of a row
-            done = len(lengths)
+        done = len(read_lines(rows_path))
+        with continue_lines(rows_path, done) as rows:
             for i in tqdm(range(done, limit), initial=min(done, limit), total=limit):
                 cue, name = cues[i], f"{split}-{i:06}.png"
                 images = [save_full(cue, out, name, folder)]
                 if cfg.source != "text":
                     images.append(save(target.crop(cue), out, f"crops/{name}"))
-                rows.write(json.dumps(make_row(target, cue, cfg.source, images)).encode() + b"\n")
-                rows.flush()
+                rows.write(json.dumps(make_row(target, cue, cfg.source, images)) + "\n")
     for part in (part for part in cues.left_out if part.reasons):
         print(part)
-    print(f"{rows.name} is complete: {max(done, limit):,} cues.")
+    print(f"{rows_path} is complete: {max(done, limit):,} cues.")
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from locus_mini import train_step
 from models import add_lora, load_policy, read_family
 from prompts import Family
 from training import merge, settings
-from training.dry_run import CONTEXT, empty_model, predict
-from training.time_prediction import CARDS, predict_hours
+from training.dry_run import CARDS, CONTEXT, empty_model, predict, predict_hours
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -27,6 +27,7 @@ from torch import Tensor
 from data import Cue, Cues
 from evaluation.heldout import build_heldout_set, evaluate
 from evaluation.scores import mean
+from files.disk import read_lines
 from policy import Policy, Rollout
 from training.pictures import BLUE, below, beside, draw_cues, group_boxes, image_block, legend, text_block
 from training.run_folder import write_line
@@ -45,12 +46,6 @@ PANELS = {  # key of metrics.jsonl: title
     "entropy": "entropy of the policy, nats per token",
     "eval/iou": "IoU on 50 held-out cues, every evaluation",
 }
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects in the complete lines of a file, [] without one; a kill can tear the last line."""
-    content = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
 # ---------------------------------------------------------------- metrics, and one group every few steps

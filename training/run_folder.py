@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -30,16 +30,18 @@ from pickle import UnpicklingError
 from typing import Any, TextIO
 from uuid import uuid4
 
+import numpy as np
 import peft
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.coco import read_input
-from files.disk import file_stats, fingerprint, sync, write_json
+from files.disk import continue_lines, file_stats, fingerprint, read_lines, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
@@ -85,8 +87,7 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
     old_path = files_path if files_path.exists() else None  # runs of older versions have none
-    find_change = partial(first_change, new=dict(files))
-    change = read_input("resume", old_path, "inputs.json of a run", find_change)
+    change = read_input("resume", old_path, "inputs.json of a run", partial(first_change, new=files))
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
@@ -234,7 +235,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
     return saved["step"]
 
 
-# ---------------------------------------------------------------- metrics and signals
+# ---------------------------------------------------------------- metrics
 
 
 def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
@@ -243,16 +244,13 @@ def open_lines(path: Path, steps: range) -> tuple[TextIO, list[dict]]:
     Later lines are cut off: their steps come after the last checkpoint, so they are repeated, and a kill can
     tear the last line.
     """
-    lines = path.read_bytes().splitlines(keepends=True)[: len(steps)] if path.exists() else []
     try:
-        history = [json.loads(line) for line in lines]
+        history = read_lines(path, len(steps))
         if [metrics["step"] for metrics in history] != list(steps):
             raise ValueError
     except UNREADABLE:
         raise UserError(f"{path} lacks some of the first {steps.stop} steps: start a new run.") from None
-    log = path.open("a", buffering=1, encoding="utf-8")  # each line reaches the file at once
-    log.truncate(sum(map(len, lines)))
-    return log, history
+    return continue_lines(path, len(steps)), history
 
 
 def write_line(path: Path, earlier_steps: range, line: dict) -> None:
@@ -283,6 +281,65 @@ def log_step(log: TextIO, bar: tqdm, history: list[dict], group: Any, cfg: Confi
         bar.write(f"step {metrics['step']}: {warning}", file=sys.stderr)
     if cfg.show_every and metrics["step"] % cfg.show_every == 0:
         bar.write(f"step {metrics['step']}: {group.completions[0]!r}, reward {group.rewards[0].total:.2f}")
+
+
+# ---------------------------------------------------------------- trackers, for --report-to
+
+# Trackers get the keys of metrics.jsonl, which are TRL's names where TRL has them, and after each evaluation
+# the drawing of its boxes. Their packages are no requirement: without --report-to none is imported.
+
+
+@contextmanager
+def open_tracker(cfg: Config, folder: Path, first_step: int) -> Iterator[Callable[[dict], None]]:
+    """A function that reports the metrics of a step to the tracker that the settings name, if any.
+
+    A resumed run continues the same tracker run, in which no step comes twice.
+
+    first_step: the step with which the run starts or resumes. A killed run may have reported later ones:
+    TensorBoard then shows only the new ones, and wandb only the old ones. UserError if wandb cannot start.
+    """
+    if cfg.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(folder / "tensorboard", purge_step=first_step) as writer:
+            yield partial(report_to_tensorboard, writer, folder)
+    elif cfg.report_to == "wandb":
+        import wandb
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = {"project": os.environ.get("WANDB_PROJECT", "locus-mini"), "name": folder.name}
+        try:
+            run = wandb.init(id=config["tracker_run"], resume="allow", dir=folder, config=config, **names)
+        except wandb.Error as error:
+            problem = f"--report-to wandb cannot start ({str(error).strip().splitlines()[0]})"
+            raise UserError(f"{problem}: run wandb login, or set WANDB_MODE=offline.") from None
+        with run:
+            yield partial(report_to_wandb, run, folder)
+    else:
+        yield lambda metrics: None
+
+
+def report_to_tensorboard(writer: Any, folder: Path, metrics: dict) -> None:
+    """Writes the metrics of a step, and the drawing if it was evaluated, to the disk at once."""
+    for name in metrics.keys() - {"step"}:
+        writer.add_scalar(name, metrics[name], metrics["step"])
+    if "eval/iou" in metrics:
+        pixels = np.asarray(Image.open(folder / "evaluation.png"))  # [height, width, 3]
+        writer.add_image("eval/boxes", pixels, metrics["step"], dataformats="HWC")
+    writer.flush()
+
+
+def report_to_wandb(run: Any, folder: Path, metrics: dict) -> None:
+    """The same for Weights & Biases."""
+    import wandb
+
+    values = {name: metrics[name] for name in metrics.keys() - {"step"}}
+    if "eval/iou" in metrics:
+        values["eval/boxes"] = wandb.Image(str(folder / "evaluation.png"))
+    run.log(values, step=metrics["step"])
+
+
+# ---------------------------------------------------------------- signals
 
 
 def sigterm_as_keyboard_interrupt() -> ExitStack:

@@ -14,10 +14,11 @@ from PIL import Image, ImageColor
 import eval as eval_module
 import locus_mini
 from data import Cue, CueConfig, scene_cues
+from files.disk import read_lines
 from prompts import BoxFrame
 from reward import iou, reward
 from training import learning
-from training.learning import draw_curve, draw_learning, log_group, read_lines, shorten
+from training.learning import draw_curve, draw_learning, log_group, shorten
 from training.pictures import BLUE
 
 SMALL = ["--steps", 5, "--prompts", 2, "--num-generations", 4, "--max-new-tokens", 24, "--eval-cues", 2]

@@ -16,7 +16,7 @@ from evaluation.reply_cache import generate_replies
 from evaluation.scores import ROWS
 from models import load_adapter, load_policy
 from prompts import encode
-from training.model_card import QUESTION, write_model_card
+from training.experiment import QUESTION, write_model_card
 from training.settings import resolve
 
 ROOT = Path(__file__).parents[2]

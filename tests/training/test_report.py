@@ -16,7 +16,7 @@ from PIL import Image
 import eval as eval_module
 from files.errors import UserError
 from prompts import FAMILIES
-from training.report import write_report
+from training.experiment import write_report
 from training.run_folder import input_files, write_config
 from training.settings import resolve
 

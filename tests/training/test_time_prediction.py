@@ -11,17 +11,18 @@ import torch
 
 import locus_mini
 from models import add_lora, load_policy, read_family
-from training import dry_run, time_prediction
-from training.dry_run import empty_model, measure_hours
-from training.settings import Config, resolve
-from training.time_prediction import (
+from training import dry_run
+from training.dry_run import (
     CALL_SECONDS,
     CARDS,
     FUSED_CALLS,
     LAYER_CALLS,
+    empty_model,
+    measure_hours,
     predict_hours,
     summary,
 )
+from training.settings import Config, resolve
 
 QWEN_3B = str(families.FOLDER / "Qwen2.5-VL-3B-Instruct")
 CONFIG, FAMILY = read_family(QWEN_3B)
@@ -66,7 +67,7 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
 
 def test_a_slow_memory_waits_for_the_bytes_of_weights_and_cache(monkeypatch):
     """In 4 bits a weight is half a byte; with over 64 tokens 4½ bytes, through a 16-bit copy."""
-    monkeypatch.setattr(time_prediction, "CALL_SECONDS", 0.0)
+    monkeypatch.setattr(dry_run, "CALL_SECONDS", 0.0)
     card = add_card(monkeypatch, 1.0, 1e30)
     in_layers = 36 * (2048 * (2048 + 2 * 256) + 2048**2 + 3 * 2048 * 11008 + 2 * 2048 + 2048 + 2 * 256)
     in_head, column, prompt = 2 * 151_936 * 2048, 36 * 4 * 2 * 128, 128 + (640 * 480 + 112**2) // 28**2

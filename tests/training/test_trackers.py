@@ -46,16 +46,16 @@ def read_metrics(folder: Path) -> list[dict]:
 KILLED = """
 import os
 import locus_mini
-from training import trackers
+from training import run_folder
 
-report_to_tensorboard = trackers.report_to_tensorboard
+report_to_tensorboard = run_folder.report_to_tensorboard
 
 def report_and_die(writer, folder, metrics):
     report_to_tensorboard(writer, folder, metrics)
     if metrics["step"] == 4:
         os._exit(9)
 
-trackers.report_to_tensorboard = report_and_die
+run_folder.report_to_tensorboard = report_and_die
 locus_mini.main()
 """
 
@@ -134,8 +134,8 @@ def test_wandb_continues_the_run_that_config_json_names(tmp_path, monkeypatch):
 NO_KEY = """
 from pathlib import Path
 from files.errors import exit_on_error
+from training.run_folder import open_tracker
 from training.settings import Config
-from training.trackers import open_tracker
 
 with exit_on_error(), open_tracker(Config(report_to="wandb"), Path(), 0):
     print("started")
