@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from files import download
 from files.coco import index_coco, parse_ids, read_input
 from files.contact_sheet import contact_sheet
-from files.errors import FlagParser, UserError, exit_on_error
+from files.errors import FlagParser, UserError, exit_on_error, one_or_more
 from files.pictures import NARROWEST, LeftOut, Photos, open_folder
 from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
@@ -245,8 +245,6 @@ def encode_cue(processor: Processor, cue: Cue, source: str) -> EncodedPrompt:
 
 def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: Path | None) -> None:
     """Downloads what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
-    if min(limit, heldout) < 1:
-        raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
     files["images"].mkdir(parents=True, exist_ok=True)
     downloads = download.ImageDownloads(files["images"], LeftOut(f"images of {files['annotations']}", 0))
     cues = open_cues("coco", "train", seed, cfg, photos=downloads, **files)
@@ -275,21 +273,19 @@ def main() -> None:
     show_parser = commands.add_parser("show", parents=[cue_flags()], help="a sheet of cues")
     show_parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
     show_parser.add_argument("--images", type=Path, help="of COCO")
-    show_parser.add_argument("--n", type=int, default=12, help="how many")
+    show_parser.add_argument("--n", type=one_or_more, default=12, help="how many")
     show_parser.add_argument("--out", type=Path, default=Path("cues.png"))
     fetch_parser = commands.add_parser("fetch", parents=[cue_flags()], help="download what cues use")
     fetch_parser.add_argument("images", metavar="DIR", type=Path, help="where to; existing images are kept")
-    fetch_parser.add_argument("--limit", type=int, default=6400, help="training cues: steps × prompts")
-    fetch_parser.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    fetch_parser.add_argument("--limit", type=one_or_more, default=6400, help="training: steps × prompts")
+    fetch_parser.add_argument("--heldout", type=one_or_more, default=600, help="the run's --eval-cues")
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     with exit_on_error():
         if command == "fetch":
             fetch_images(cfg, **args)
-        elif (n := args.pop("n")) < 1:
-            raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
         else:
-            out = args.pop("out")
+            n, out = args.pop("n"), args.pop("out")
             contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
             print(out)
 

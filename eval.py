@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more, require_file
 from training.settings import FRAMES, SOURCES, prepare_torch, read_cue_prompt
 
 
@@ -46,16 +46,13 @@ def read_flags() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
     parser.add_argument("--cue-prompt", type=read_cue_prompt, metavar="FILE", help="of cues, as for training")
-    parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
+    parser.add_argument("--n", type=one_or_more, help="samples (default scenes 1000, cues 500, else all)")
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
-    parser.add_argument("--max-new-tokens", type=int, help="of a reply")
-    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
+    parser.add_argument("--max-new-tokens", type=one_or_more, help="of a reply")
+    parser.add_argument("--batch", type=one_or_more, help="prompts at a time (default CPU 128, GPU 32)")
     parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
-    for name in ("n", "max_new_tokens", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
     if args.task == "ask" and args.question is None:
         raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
     if args.task == "report":

@@ -52,8 +52,18 @@ def exit_on_error(remedy: str = "check the path and the disk", stopped: str = ST
         sys.exit(2)
 
 
+def one_or_more(text: str) -> int:
+    """The type of a flag that counts samples or the like: a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: give 1 or more.")
+    return number
+
+
 class FlagParser(argparse.ArgumentParser):
-    """argparse without abbreviated flags; for an unknown flag it suggests the most similar one."""
+    """argparse without abbreviated flags; for an unknown flag it suggests the most similar one.
+
+    A wrong flag ends the program with one sentence, not with the whole usage: some programs have 40 flags.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, **kwargs)
@@ -63,4 +73,4 @@ class FlagParser(argparse.ArgumentParser):
         unknown_flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
         for similar_flag in difflib.get_close_matches(unknown_flag, self._option_string_actions, 1):
             message += f" (did you mean {similar_flag}?)"
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}\n")

@@ -32,7 +32,7 @@ from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
 from files.disk import fingerprint, sha256, write_json
-from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from locus_mini import train
 from models import add_lora, load_policy
 from paper import report, verdicts
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--base-a", default="tiny", help="folder of base A (default tiny/model)")
     parser.add_argument("--base-b", help="folder of base B; --quick can do without")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
+    parser.add_argument("--jobs", type=one_or_more, default=2, help="rows at a time, a core each (default 2)")
     parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
     parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of the attempt")
     args, rest = parser.parse_known_args()
@@ -236,8 +236,6 @@ def main() -> None:
             return print(json.dumps(line, indent=2))
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if args.jobs < 1:
-            raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
         models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}
         protocol, out = open_protocol(models, args.quick)
         run_rows(rows_of(protocol, models, out), args.jobs)

@@ -662,7 +662,7 @@ BAD_FLAGS = {  # flags after `show`, and what the error must name
     "--data images --source text": "--source text",
     "--tiny-ratio 1.5": "1.5",
     "--tiny-ratio nan": "nan",
-    "--n 0": "--n 0",
+    "--n 0": "--n: 0",
 }
 
 

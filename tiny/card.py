@@ -16,7 +16,7 @@ from data import CueConfig, scene_cues
 from evaluation.heldout import baselines, build_heldout_set, evaluate
 from evaluation.scores import markdown_table, mean
 from files.disk import sha256, write_json
-from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from models import load_policy
 from policy import Policy
 from tiny.build import STAGES
@@ -82,8 +82,6 @@ def write_card(model: str, n: int) -> None:
     readme = Path(model_folder(model)) / "README.md"
     if not (readme.is_file() and MEASURED.search(text := readme.read_text(encoding="utf-8"))):
         raise UserError(f"{readme} has no place for the tables: add <!-- measured --><!-- /measured -->.")
-    if n < 1:
-        raise UserError(f"--n {n} leaves nothing to measure: give 1 or more.")
     policy, weights = load_policy(model), readme.with_name("model.safetensors")
     build = getattr(policy.base_model.config, "locus_build", {})
     if sha256(weights) != build.get("sha256"):
@@ -98,7 +96,7 @@ def write_card(model: str, n: int) -> None:
 def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help="folder of the embedded model (default tiny/model)")
-    parser.add_argument("--n", type=int, default=900, help="cues a row (default 900)")
+    parser.add_argument("--n", type=one_or_more, default=900, help="cues a row (default 900)")
     args = parser.parse_args()
     with exit_on_error():
         write_card(args.model, args.n)

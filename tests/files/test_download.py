@@ -364,7 +364,7 @@ def test_a_full_disk_ends_with_one_sentence(server, tmp_path, monkeypatch, capsy
     assert not any((tmp_path / "new").glob("*.jpg"))
 
 
-BAD_FLAGS = {"--limit 0": "--limit 0", "--heldout -1": "--heldout -1", "--tiny-ratio 2": "--tiny-ratio 2.0"}
+BAD_FLAGS = {"--limit 0": "--limit: 0", "--heldout -1": "--heldout: -1", "--tiny-ratio 2": "--tiny-ratio 2.0"}
 BAD_FLAGS |= {"--annotations none.json": "none.json", "--exclude none.txt": "none.txt"}
 
 
