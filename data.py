@@ -14,7 +14,6 @@ What differs from a typical data set:
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +24,8 @@ from PIL import Image, ImageOps
 
 from files import download
 from files.coco import index_coco, parse_ids, read_input
-from files.contact_sheet import contact_sheet
-from files.errors import FlagParser, UserError, exit_on_error, one_or_more
-from files.pictures import NARROWEST, LeftOut, Photos, open_folder
+from files.errors import FlagParser, UserError, exit_on_error, one_or_more, require_file
+from files.pictures import NARROWEST, LeftOut, Photos, contact_sheet, open_folder, warn_once
 from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
 from tiny import scenes
@@ -125,7 +123,6 @@ class Cues:
     split: str
     seed: int
     draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None: draw again
-    origin: str = "the scenes"
     left_out: tuple[LeftOut, ...] = ()  # annotations are counted at once, images when they are opened
 
     def __getitem__(self, index: int) -> Cue:
@@ -133,9 +130,8 @@ class Cues:
         size = "large" if cfg.source == "large" else "tiny" if rng.random() < cfg.tiny_ratio else "small"
         draws = (self.draw(rng, size, cfg) for _ in range(5000))
         if (cue := next(filter(None, draws), None)) is None:
-            reasons = "".join(f"; {part}" for part in self.left_out if part.reasons)
-            message = f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}{reasons}: add images."
-            raise UserError(message)
+            reasons = "".join(f"; {part}" for part in self.left_out)
+            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws{reasons}: add images.")
         return cue
 
 
@@ -175,10 +171,9 @@ def coco_cues(
 
     exclude: file of ids to leave out; expressions: JSON of texts by annotation id; photos: opens images.
     """
-    if not images.is_dir():
-        raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
+    require_file("--images", images, folder=True)
     if exclude is None:
-        print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
+        warn_once("without --exclude FILE, RefCOCO's test images may be among the cues")
     excluded_ids = read_input("exclude", exclude, "list of image ids", parse_ids)
     text_by_id = read_input("expressions", expressions, "JSON object", lambda t: dict(json.loads(t or "[]")))
     options = dict(split=split, excluded=excluded_ids, texts=text_by_id, need_text=cfg.source == "text")
@@ -203,7 +198,7 @@ def coco_cues(
         image = photos.open(annotation.name, annotation.size, annotation.address)
         return image and Cue(image, box, size, text, name=annotation.name)
 
-    return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
+    return Cues(cfg, f"coco-{split}", seed, draw, (*left_out, photos.left_out))
 
 
 def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
@@ -216,7 +211,7 @@ def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
         return box and Cue(image, box, size, name=name)
 
     cfg = replace(cfg, source="random")
-    return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
+    return Cues(cfg, f"folder-{split}", seed, draw, (photos.left_out,))
 
 
 def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Any) -> Cues:

@@ -18,7 +18,6 @@ What differs from a typical evaluation script:
 import argparse
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +77,7 @@ from evaluation import attention, twins
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
 from evaluation.scores import ROWS as HELDOUT_ROWS
 from evaluation.scores import Scores, kind_rows, paired, summarize, table
-from evaluation.session import Session, open_session
+from evaluation.session import TITLES, Session, open_session
 from files.disk import write_json
 from files.pictures import UnusableImage, load_image
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
@@ -128,7 +127,7 @@ def scenes_task(session: Session) -> dict[str, Any]:
     rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, examples)]
     prompts = attention.prefixed_questions(policy.processor, held)
     prompts = [[prompts[i] for i in indices]] * len(model_scores)
-    draw_heat_maps(session, rows, prompts, session.model_names)
+    draw_heat_maps(session, rows, prompts, [*TITLES.values()][: len(model_scores)])
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)
     return finish(model_scores, {"baselines": rules})
@@ -232,20 +231,20 @@ def ask_task(session: Session) -> dict[str, Any]:
         raise UserError(f"{session.args.image} cannot be used: it is {error}. Give another image.") from None
     prompt, results = encode(session.processor, session.args.question, image), {}
     prompts, names = [], []
-    for name, title in zip(session.each_model(), session.model_names):
+    for name in session.each_model():
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
         print(f"{name:>8}: {'(no reply: see the reason above)' if reply is None else reply or '(empty)'}")
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
-        names.append(f"{title}, predicting {answer_token!r}")
+        names.append(f"{TITLES[name]}, predicting {answer_token!r}")
     draw_heat_maps(session, [(session.args.question, image, [])], prompts, names)
     return results
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
-    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
+    tasks = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
         if (args := read_flags()).task == "report":
             return write_report(args.image)

@@ -15,6 +15,7 @@ from policy import Policy
 from prompts import PROMPTS, Processor
 
 OUTPUTS = ("out", "export_vlmevalkit")  # flags that change no reply
+TITLES = {"before": "base model", "after": "with adapter"}  # of the models, by what `each_model` yields
 MAX_TOKENS = 8192  # of a reply to a benchmark by a model that is told to think: the paper's limit
 
 
@@ -26,11 +27,6 @@ class Session:
     args: argparse.Namespace
     cache: ReplyCache
     folder: Path  # of results.json
-
-    @property
-    def model_names(self) -> list[str]:
-        """The models' titles in attention.png, in the order of `each_model`."""
-        return ["base model", "with adapter"][: 1 + (self.args.adapter is not None)]
 
     def each_model(self) -> Iterator[str]:
         """Yields "before", with the adapter switched off, then "after" with it, if there is one."""

@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ def read_json(path: Path) -> Any:
 
 def plan(protocol: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Every (base, row, seed): base by base, then seed by seed, so the rows with a claim come first."""
-    runs = []
-    for base in protocol["bases"]:
-        for i, seed in enumerate(protocol["seeds"]):
-            runs += [(base, name, seed) for name, row in protocol["rows"].items() if i < row["seeds"]]
-    return runs
+    runs = product(protocol["bases"], enumerate(protocol["seeds"]), protocol["rows"].items())
+    return [(base, name, seed) for base, (i, seed), (name, row) in runs if i < row["seeds"]]
 
 
 def sample_file(folder: Path, base: str, name: str, seed: int) -> Path:

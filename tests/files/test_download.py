@@ -226,7 +226,7 @@ LASTING = {  # replies of the server, the number of requests, the reason that is
     "not found": ([404], 1, "answered with HTTP 404"),
     "server error": ([500], 4, "answered with HTTP 500"),
     "error page": ([b"<html>not found</html>"], 4, "broken or not an image"),
-    "incomplete": (["incomplete"], 4, "incomplete"),
+    "incomplete": (["incomplete"], 4, "broken or not an image"),
     "huge length": (["huge length"], 1, "over 1 MB"),
     "endless": (["endless"], 1, "over 1 MB"),
     "slow": (["slow"], 4, "too slow"),
