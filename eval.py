@@ -215,9 +215,9 @@ def add_evidence(session: Session, name: str, samples: list, model_scores: list[
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
     looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
     attention.add_attention(scores, looks)
-    single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.target]
+    single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.row.get("target")]
     # The prompt for a box is that of RefCOCO.
-    prompts = LazyList(make, [replace(s, kind="box", question=s.target) for s in single_boxed])
+    prompts = LazyList(make, [replace(s, kind="box", question=s.row["target"]) for s in single_boxed])
     replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single_boxed])
     ious = attention.box_ious(replies, [sample.boxes[0] for sample in single_boxed])
     attention.add_grounding(scores, ious, [right[sample.id] for sample in single_boxed], model_scores[0])

@@ -54,15 +54,6 @@ def read_row(path: Path, protocol_sha256: str) -> dict[str, Any]:
     return row
 
 
-def read_rows(folder: Path, protocol: dict[str, Any]) -> Rows:
-    """The files of every row."""
-    rows, protocol_sha256 = {}, sha256(folder / "protocol.json")
-    for base, name, seed in plan(protocol):
-        row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
-        rows.setdefault(base, {}).setdefault(name, []).append(row)
-    return rows
-
-
 # ---------------------------------------------------------------- Student's t, a change and its interval
 
 
@@ -195,10 +186,13 @@ def collect(folder: Path) -> dict[str, Any]:
 
     Numbers have four decimal places.
     """
-    protocol = read_json(folder / "protocol.json")
-    rows = read_rows(folder, protocol)
+    protocol, protocol_sha256 = read_json(folder / "protocol.json"), sha256(folder / "protocol.json")
+    rows: Rows = {}
+    for base, name, seed in plan(protocol):
+        row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
+        rows.setdefault(base, {}).setdefault(name, []).append(row)
     lines = ATTEMPTS.read_text(encoding="utf-8").splitlines() if ATTEMPTS.exists() else []
-    results = {"protocol_sha256": sha256(folder / "protocol.json"), "protocol": protocol}
+    results = {"protocol_sha256": protocol_sha256, "protocol": protocol}
     results |= {"attempts": [json.loads(line) for line in lines], "claims": judge(protocol, rows)}
     results |= {"rows": {}, "twins": {}, "versions": rows["A"][BASE][0]["versions"]}
     for base, by_row in rows.items():
