@@ -24,9 +24,7 @@ class Session:
     """What every task of eval.py needs."""
 
     policy: Policy
-    processor: (
-        Processor  # with images up to the size that the checkpoint allows: the policy's is for training
-    )
+    processor: Processor  # images up to the checkpoint's own limits; the policy's has those of training
     args: argparse.Namespace
     cache: ReplyCache
     folder: Path  # of results.json

@@ -12,8 +12,6 @@ from typing import Any, NoReturn
 # bitsandbytes reports an optional CPU kernel as missing on every start; nothing here uses it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-STOPPED = "Stopped. Run the same command again to continue."
-
 
 class UserError(Exception):
     """Bad input: one sentence that names the file, the value and the remedy. Programs exit with code 2."""
@@ -34,15 +32,16 @@ def model_folder(name: str) -> str:
 
 
 @contextmanager
-def exit_on_error(remedy: str = "check the path and the disk", stopped: str = STOPPED) -> Iterator[None]:
+def exit_on_error(remedy: str = "check the path and the disk", stopped: str = "") -> Iterator[None]:
     """Turns the errors that a user can fix into one sentence on stderr and exit code 2, Ctrl-C into code 130.
 
-    remedy: what to do about a file that cannot be read or written. stopped: the sentence after Ctrl-C.
+    remedy: what to do about a file that cannot be read or written. stopped: the sentence after Ctrl-C, if
+    the same command does not continue.
     """
     try:
         yield
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        print(stopped or "Stopped. Run the same command again to continue.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
