@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import CueConfig, open_cues, scene_cues
@@ -63,7 +62,7 @@ def realised_kl(policy: Policy, prompts: list[EncodedPrompt], max_new_tokens: in
     positions = batch.completion_start[:, None] + torch.arange(mask.shape[1], device=mask.device)  # [B, T]
     position_ids = torch.cat([batch.position_ids, positions.expand(3, -1, -1)], 2)  # [3, B, P + T]
 
-    def all_logps() -> Tensor:
+    def all_logps() -> torch.Tensor:
         hidden = run_text(policy, ids, segment_ids, position_ids, prompts)  # [B, P + T, H]
         # Each token is predicted one token earlier.
         hidden = hidden[:, batch.input_ids.shape[1] - 1 : -1][mask]  # [N, H]

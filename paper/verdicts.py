@@ -12,7 +12,6 @@ What differs from a typical comparison of runs:
 import gzip
 import json
 import math
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -248,7 +247,7 @@ def main() -> None:
     folder = folder_flag(__doc__)
     with exit_on_error("run python -m paper.reproduce first"):
         if problem := check(folder):
-            sys.exit(f"{problem} To write both again: python -m paper.report")
+            raise SystemExit(f"{problem} To write both again: python -m paper.report")
         print(f"{folder / 'RESULTS.md'} says what the samples give.")
 
 
