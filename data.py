@@ -14,7 +14,6 @@ What differs from a typical data set:
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +24,8 @@ from PIL import Image, ImageOps
 
 from files import download
 from files.coco import index_coco, parse_ids, read_input
-from files.contact_sheet import contact_sheet
-from files.errors import FlagParser, UserError, exit_on_error
-from files.pictures import NARROWEST, LeftOut, Photos, open_folder
+from files.errors import FlagParser, UserError, exit_on_error, one_or_more, require_file
+from files.pictures import NARROWEST, LeftOut, Photos, contact_sheet, open_folder, warn_once
 from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
 from tiny import scenes
@@ -125,7 +123,6 @@ class Cues:
     split: str
     seed: int
     draw: Callable[[random.Random, str, CueConfig], Cue | None]  # None: draw again
-    origin: str = "the scenes"
     left_out: tuple[LeftOut, ...] = ()  # annotations are counted at once, images when they are opened
 
     def __getitem__(self, index: int) -> Cue:
@@ -133,9 +130,8 @@ class Cues:
         size = "large" if cfg.source == "large" else "tiny" if rng.random() < cfg.tiny_ratio else "small"
         draws = (self.draw(rng, size, cfg) for _ in range(5000))
         if (cue := next(filter(None, draws), None)) is None:
-            reasons = "".join(f"; {part}" for part in self.left_out if part.reasons)
-            message = f"No {size} {cfg.source} cue in 5,000 draws from {self.origin}{reasons}: add images."
-            raise UserError(message)
+            reasons = "".join(f"; {part}" for part in self.left_out)
+            raise UserError(f"No {size} {cfg.source} cue in 5,000 draws{reasons}: add images.")
         return cue
 
 
@@ -175,10 +171,9 @@ def coco_cues(
 
     exclude: file of ids to leave out; expressions: JSON of texts by annotation id; photos: opens images.
     """
-    if not images.is_dir():
-        raise UserError(f"--images {images} is no folder: give the one with COCO's images.")
+    require_file("--images", images, folder=True)
     if exclude is None:
-        print("warning: without --exclude FILE, RefCOCO's test images may be among the cues", file=sys.stderr)
+        warn_once("without --exclude FILE, RefCOCO's test images may be among the cues")
     excluded_ids = read_input("exclude", exclude, "list of image ids", parse_ids)
     text_by_id = read_input("expressions", expressions, "JSON object", lambda t: dict(json.loads(t or "[]")))
     options = dict(split=split, excluded=excluded_ids, texts=text_by_id, need_text=cfg.source == "text")
@@ -203,7 +198,7 @@ def coco_cues(
         image = photos.open(annotation.name, annotation.size, annotation.address)
         return image and Cue(image, box, size, text, name=annotation.name)
 
-    return Cues(cfg, f"coco-{split}", seed, draw, str(annotations), (*left_out, photos.left_out))
+    return Cues(cfg, f"coco-{split}", seed, draw, (*left_out, photos.left_out))
 
 
 def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
@@ -216,7 +211,7 @@ def folder_cues(folder: Path, cfg: CueConfig, split: str, seed: int) -> Cues:
         return box and Cue(image, box, size, name=name)
 
     cfg = replace(cfg, source="random")
-    return Cues(cfg, f"folder-{split}", seed, draw, str(folder), (photos.left_out,))
+    return Cues(cfg, f"folder-{split}", seed, draw, (photos.left_out,))
 
 
 def open_cues(data: str, split: str, seed: int, cfg: CueConfig, **files: Any) -> Cues:
@@ -245,8 +240,6 @@ def encode_cue(processor: Processor, cue: Cue, source: str) -> EncodedPrompt:
 
 def fetch_images(cfg: CueConfig, limit: int, heldout: int, seed: int, **files: Path | None) -> None:
     """Downloads what training cues 0 to limit − 1 and the held-out ones use, as locus_mini.py opens them."""
-    if min(limit, heldout) < 1:
-        raise UserError(f"--limit {limit} --heldout {heldout} leaves nothing to fetch: give 1 or more.")
     files["images"].mkdir(parents=True, exist_ok=True)
     downloads = download.ImageDownloads(files["images"], LeftOut(f"images of {files['annotations']}", 0))
     cues = open_cues("coco", "train", seed, cfg, photos=downloads, **files)
@@ -275,21 +268,19 @@ def main() -> None:
     show_parser = commands.add_parser("show", parents=[cue_flags()], help="a sheet of cues")
     show_parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
     show_parser.add_argument("--images", type=Path, help="of COCO")
-    show_parser.add_argument("--n", type=int, default=12, help="how many")
+    show_parser.add_argument("--n", type=one_or_more, default=12, help="how many")
     show_parser.add_argument("--out", type=Path, default=Path("cues.png"))
     fetch_parser = commands.add_parser("fetch", parents=[cue_flags()], help="download what cues use")
     fetch_parser.add_argument("images", metavar="DIR", type=Path, help="where to; existing images are kept")
-    fetch_parser.add_argument("--limit", type=int, default=6400, help="training cues: steps × prompts")
-    fetch_parser.add_argument("--heldout", type=int, default=600, help="held-out cues: the run's --eval-cues")
+    fetch_parser.add_argument("--limit", type=one_or_more, default=6400, help="training: steps × prompts")
+    fetch_parser.add_argument("--heldout", type=one_or_more, default=600, help="the run's --eval-cues")
     args = vars(parser.parse_args())
     command, cfg = args.pop("command"), CueConfig(args.pop("source"), args.pop("tiny_ratio"))
     with exit_on_error():
         if command == "fetch":
             fetch_images(cfg, **args)
-        elif (n := args.pop("n")) < 1:
-            raise UserError(f"--n {n} leaves nothing to show: give 1 or more.")
         else:
-            out = args.pop("out")
+            n, out = args.pop("n"), args.pop("out")
             contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
             print(out)
 

@@ -18,13 +18,12 @@ What differs from a typical evaluation script:
 import argparse
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from files.errors import FlagParser, UserError, exit_on_error, model_folder, require_file
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more, require_file
 from training.settings import FRAMES, SOURCES, prepare_torch, read_cue_prompt
 
 
@@ -46,16 +45,13 @@ def read_flags() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
     parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
     parser.add_argument("--cue-prompt", type=read_cue_prompt, metavar="FILE", help="of cues, as for training")
-    parser.add_argument("--n", type=int, help="samples (default scenes 1000, cues 500, a benchmark: all)")
+    parser.add_argument("--n", type=one_or_more, help="samples (default scenes 1000, cues 500, else all)")
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
-    parser.add_argument("--max-new-tokens", type=int, help="of a reply")
-    parser.add_argument("--batch", type=int, help="prompts at a time (default 128 on the CPU, 32 on a GPU)")
+    parser.add_argument("--max-new-tokens", type=one_or_more, help="of a reply")
+    parser.add_argument("--batch", type=one_or_more, help="prompts at a time (default CPU 128, GPU 32)")
     parser.add_argument("--export-vlmevalkit", type=Path, metavar="FILE", help="its prediction table (TSV)")
     parser.add_argument("--out", type=Path, help="folder of results; default one beside the adapter")
     args = parser.parse_args()
-    for name in ("n", "max_new_tokens", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: give 1 or more.")
     if args.task == "ask" and args.question is None:
         raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
     if args.task == "report":
@@ -81,7 +77,7 @@ from evaluation import attention, twins
 from evaluation.heldout import HeldOutSet, LazyList, baselines, build_heldout_set, evaluate
 from evaluation.scores import ROWS as HELDOUT_ROWS
 from evaluation.scores import Scores, kind_rows, paired, summarize, table
-from evaluation.session import Session, open_session
+from evaluation.session import TITLES, Session, open_session
 from files.disk import write_json
 from files.pictures import UnusableImage, load_image
 from prompts import PROMPTS, EncodedPrompt, Processor, encode, prompt_text
@@ -131,7 +127,7 @@ def scenes_task(session: Session) -> dict[str, Any]:
     rows = [(title, render(scene), [q.evidence.box]) for title, (scene, q) in zip(titles, examples)]
     prompts = attention.prefixed_questions(policy.processor, held)
     prompts = [[prompts[i] for i in indices]] * len(model_scores)
-    draw_heat_maps(session, rows, prompts, session.model_names)
+    draw_heat_maps(session, rows, prompts, [*TITLES.values()][: len(model_scores)])
     with policy.reference():
         rules = baselines(policy, held, longest, session.cache)
     return finish(model_scores, {"baselines": rules})
@@ -219,9 +215,9 @@ def add_evidence(session: Session, name: str, samples: list, model_scores: list[
     boxes, prompts = [sample.boxes for sample in boxed_samples], LazyList(make, boxed_samples)
     looks = attention.measure_attention(session.policy, session.cache, f"{name}/looks", prompts, boxes, 1)
     attention.add_attention(scores, looks)
-    single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.target]
+    single_boxed = [sample for sample in boxed_samples if len(sample.boxes) == 1 and sample.row.get("target")]
     # The prompt for a box is that of RefCOCO.
-    prompts = LazyList(make, [replace(s, kind="box", question=s.target) for s in single_boxed])
+    prompts = LazyList(make, [replace(s, kind="box", question=s.row["target"]) for s in single_boxed])
     replies = session.generate(f"{name}/grounding", prompts, [sample.id for sample in single_boxed])
     ious = attention.box_ious(replies, [sample.boxes[0] for sample in single_boxed])
     attention.add_grounding(scores, ious, [right[sample.id] for sample in single_boxed], model_scores[0])
@@ -235,20 +231,20 @@ def ask_task(session: Session) -> dict[str, Any]:
         raise UserError(f"{session.args.image} cannot be used: it is {error}. Give another image.") from None
     prompt, results = encode(session.processor, session.args.question, image), {}
     prompts, names = [], []
-    for name, title in zip(session.each_model(), session.model_names):
+    for name in session.each_model():
         ((reply, _),) = session.generate(name, [prompt], benchmark=True)
         results[name] = reply
         print(f"{name:>8}: {'(no reply: see the reason above)' if reply is None else reply or '(empty)'}")
         reply_prefix, answer_token = attention.before_answer(session.processor, reply or "")
         prompts.append([attention.append_to_prompt(session.processor, prompt, reply_prefix)])
-        names.append(f"{title}, predicting {answer_token!r}")
+        names.append(f"{TITLES[name]}, predicting {answer_token!r}")
     draw_heat_maps(session, [(session.args.question, image, [])], prompts, names)
     return results
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # older Windows consoles cannot print ≥
-    tasks: dict[str, Callable[[Session], dict]] = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
+    tasks = {"scenes": scenes_task, "cues": cues_task, "ask": ask_task}
     with exit_on_error():
         if (args := read_flags()).task == "report":
             return write_report(args.image)

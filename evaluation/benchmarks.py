@@ -34,9 +34,6 @@ from reward import Box, iou
 Image.MAX_IMAGE_PIXELS = 2**28  # MME-RealWorld has aerial photos beyond Pillow's limit
 
 
-TABLE = Path(__file__).with_suffix(".tsv")  # a benchmark per line, in the columns of Benchmark
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """How a benchmark is read and scored, and where it is published: a line of benchmarks.tsv."""
@@ -50,8 +47,8 @@ class Benchmark:
     judged: str  # "yes": officially a model judges the replies, so our score by rules is not comparable
 
 
-with TABLE.open(encoding="utf-8", newline="") as table:
-    BENCHMARKS = {row["name"]: Benchmark(**row) for row in csv.DictReader(table, delimiter="\t")}
+TABLE = Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()
+BENCHMARKS = {row["name"]: Benchmark(**row) for row in csv.DictReader(TABLE, delimiter="\t")}
 
 
 class BadSample(UserError, UnusableImage):
@@ -68,16 +65,10 @@ class Sample:
     options: dict[str, str]  # letter: text
     answer: str  # a letter, "yes" or "no", or a text
     answers: tuple[str, ...]  # all that are accepted
-    row: dict[str, str]  # the cells of the file
+    row: dict[str, str]  # the cells of the file; V*'s "target" names the object that the question is on
     file_boxes: list[Box]  # as they are in the file
     images: Callable[[], list[Image.Image]] = field(repr=False)
     left_out: bool = False  # set where the images cannot be read
-
-    def __post_init__(self):
-        used = {"image", "image_path", "question", "answer", "boxes", *ascii_uppercase}
-        # The short cells that are left are those by which figures are grouped.
-        self.fields = {name: cell for name, cell in self.row.items() if name not in used and len(cell) <= 100}
-        self.target = self.row.get("target", "")  # V*: the name of the object that the question is on
 
     @cached_property
     def boxes(self) -> list[Box]:
@@ -276,10 +267,10 @@ def image_bytes(path: Path, part: str, in_table: bool) -> bytes:
 def judge(sample: Sample, reply: str, frame: Any = None) -> dict:
     """{"prediction": str or None, "parsed": bool, "right": 0.0 or 1.0}, and for a box its "iou".
 
-    With the "fields" and the "answer" of the sample, by which `aggregate` groups and counts.
+    With the cells ("fields") and the "answer" of the sample, by which `aggregate` groups and counts.
     frame: the BoxFrame of the image, where a reply's box is not in its pixels.
     """
-    expected, extra = sample.answer, {"fields": sample.fields, "answer": sample.answer}
+    expected, extra = sample.answer, {"fields": sample.row, "answer": sample.answer}
     options = sample.options or dict.fromkeys("ABCDEFGH", "")  # their texts may be part of the question
     if sample.kind == "box":
         box = box_of(reply)
@@ -288,7 +279,7 @@ def judge(sample: Sample, reply: str, frame: Any = None) -> dict:
         prediction, right = box and str(list(box)), extra["iou"] >= 0.5
     elif sample.kind == "string":
         prediction = answer_parts(reply)[-1].strip() or None
-        right = contains(prediction or "", sample.answers, sample.fields.get("category", ""))
+        right = contains(prediction or "", sample.answers, sample.row.get("category", ""))
     elif sample.kind == "yesno" or expected in options:
         prediction = yes_no(reply) if sample.kind == "yesno" else choice_of(reply, options)
         right = prediction == expected

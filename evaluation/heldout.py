@@ -188,13 +188,9 @@ def question_summary(right: list[float | None], scene_questions: list[tuple[Scen
     for name, hits in split(right, [question_names(q) for _, q in scene_questions]).items():
         part = paired([0.0] * len(hits), hits)  # the change from 0 is the mean itself
         summary["by_kind"][name] = {"accuracy": part.pop("change")} | part
-    columns = {
-        "by_objects": [[len(scene.objects)] for scene, _ in scene_questions],
-        "by_size": [[question.evidence.size] for _, question in scene_questions],
-        "by_tokens": [[scenes.num_cells(question.evidence.box)] for _, question in scene_questions],
-    }
-    for key, column in columns.items():
-        summary[key] = {str(value): mean(hits) for value, hits in sorted(split(right, column).items())}
+    facts = [(len(s.objects), q.evidence.size, scenes.num_cells(q.evidence.box)) for s, q in scene_questions]
+    for key, column in zip(("by_objects", "by_size", "by_tokens"), zip(*facts, strict=True), strict=True):
+        summary[key] = {str(value): mean(hits) for value, hits in sorted(split(right, zip(column)).items())}
     return summary
 
 

@@ -15,19 +15,13 @@ def kind_rows(title: str, task: str) -> dict[str, str]:
     return {title.format(kind, size): f"{task}_{kind}_{size}" for kind in KINDS for size in SIDES}
 
 
-ROWS = {  # row of the printed table: list of samples
-    "cue search (IoU)": "cue",
-    **{f"  {size} windows": f"cue_{size}" for size in SIDES},
-    "cue search, right object": "cue_right",
-    "cue search, parse rate": "cue_parsed",
-    "cue search, format": "cue_format",
-    "cue search, detail in the thought": "named_detail",
-    "find by text (IoU)": "find",
-    "find by text (right object)": "find_right",
-    "questions": "questions",
-    **kind_rows("  {} of {} objects", "questions"),
-    "questions, rest blacked out": "suppressed",
-}
+# Row of the printed table: list of samples.
+ROWS = {"cue search (IoU)": "cue"} | {f"  {size} windows": f"cue_{size}" for size in SIDES}
+ROWS |= {"cue search, right object": "cue_right", "cue search, parse rate": "cue_parsed"}
+ROWS |= {"cue search, format": "cue_format", "cue search, detail in the thought": "named_detail"}
+ROWS |= {"find by text (IoU)": "find", "find by text (right object)": "find_right"}
+ROWS |= {"questions": "questions"} | kind_rows("  {} of {} objects", "questions")
+ROWS |= {"questions, rest blacked out": "suppressed"}
 
 
 def mean(values: Iterable[float | None]) -> float:

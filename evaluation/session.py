@@ -15,6 +15,7 @@ from policy import Policy
 from prompts import PROMPTS, Processor
 
 OUTPUTS = ("out", "export_vlmevalkit")  # flags that change no reply
+TITLES = {"before": "base model", "after": "with adapter"}  # of the models, by what `each_model` yields
 MAX_TOKENS = 8192  # of a reply to a benchmark by a model that is told to think: the paper's limit
 
 
@@ -23,14 +24,10 @@ class Session:
     """What every task of eval.py needs."""
 
     policy: Policy
+    processor: Processor  # images up to the checkpoint's own limits; the policy's has those of training
     args: argparse.Namespace
     cache: ReplyCache
     folder: Path  # of results.json
-
-    @property
-    def model_names(self) -> list[str]:
-        """The models' titles in attention.png, in the order of `each_model`."""
-        return ["base model", "with adapter"][: 1 + (self.args.adapter is not None)]
 
     def each_model(self) -> Iterator[str]:
         """Yields "before", with the adapter switched off, then "after" with it, if there is one."""
@@ -38,13 +35,6 @@ class Session:
             yield "before"
         if self.args.adapter is not None:
             yield "after"
-
-    @property
-    def processor(self) -> Processor:
-        """With images up to the size that the checkpoint itself allows: the limits are those of training."""
-        processor, size = self.policy.processor, self.policy.processor.image_processor.size
-        pixels = (size["shortest_edge"], size["longest_edge"])
-        return replace(processor, family=replace(processor.family, image_pixels=pixels))
 
     def generation_limits(self, benchmark: bool = False) -> tuple[int, int]:
         """The longest reply in tokens, and the number of prompts per batch."""
@@ -64,6 +54,8 @@ def open_session(args: argparse.Namespace) -> Session:
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
     policy = load_adapter(policy, args.adapter) if args.adapter else policy
     policy.processor.family = replace(policy.processor.family, cue_text=args.cue_prompt or "")
+    size = policy.processor.image_processor.size
+    family = replace(policy.processor.family, image_pixels=(size["shortest_edge"], size["longest_edge"]))
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
     inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
     # Files that change under the same name make other replies, so their dates are settings too.
@@ -71,4 +63,5 @@ def open_session(args: argparse.Namespace) -> Session:
     settings |= {f"{path} as of": fingerprint(file_stats(Path(path)).values()) for path in existing}
     name = f"{args.task}-{fingerprint([json.dumps(settings, sort_keys=True).encode()])}"
     folder = args.out or (args.adapter.parent if args.adapter else Path("runs") / "eval") / name
-    return Session(policy, args, ReplyCache(folder / "answers.jsonl", settings), folder)
+    cache = ReplyCache(folder / "answers.jsonl", settings)
+    return Session(policy, replace(policy.processor, family=family), args, cache, folder)

@@ -12,8 +12,6 @@ from typing import Any, NoReturn
 # bitsandbytes reports an optional CPU kernel as missing on every start; nothing here uses it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-STOPPED = "Stopped. Run the same command again to continue."
-
 
 class UserError(Exception):
     """Bad input: one sentence that names the file, the value and the remedy. Programs exit with code 2."""
@@ -34,15 +32,16 @@ def model_folder(name: str) -> str:
 
 
 @contextmanager
-def exit_on_error(remedy: str = "check the path and the disk", stopped: str = STOPPED) -> Iterator[None]:
+def exit_on_error(remedy: str = "check the path and the disk", stopped: str = "") -> Iterator[None]:
     """Turns the errors that a user can fix into one sentence on stderr and exit code 2, Ctrl-C into code 130.
 
-    remedy: what to do about a file that cannot be read or written. stopped: the sentence after Ctrl-C.
+    remedy: what to do about a file that cannot be read or written. stopped: the sentence after Ctrl-C, if
+    the same command does not continue.
     """
     try:
         yield
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        print(stopped or "Stopped. Run the same command again to continue.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
@@ -52,8 +51,18 @@ def exit_on_error(remedy: str = "check the path and the disk", stopped: str = ST
         sys.exit(2)
 
 
+def one_or_more(text: str) -> int:
+    """The type of a flag that counts samples or the like: a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: give 1 or more.")
+    return number
+
+
 class FlagParser(argparse.ArgumentParser):
-    """argparse without abbreviated flags; for an unknown flag it suggests the most similar one."""
+    """argparse without abbreviated flags; for an unknown flag it suggests the most similar one.
+
+    A wrong flag ends the program with one sentence, not with the whole usage: some programs have 40 flags.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, **kwargs)
@@ -63,4 +72,4 @@ class FlagParser(argparse.ArgumentParser):
         unknown_flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
         for similar_flag in difflib.get_close_matches(unknown_flag, self._option_string_actions, 1):
             message += f" (did you mean {similar_flag}?)"
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}\n")

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import CueConfig, open_cues, scene_cues
@@ -32,7 +31,7 @@ from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
 from files.disk import fingerprint, sha256, write_json
-from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from locus_mini import train
 from models import add_lora, load_policy
 from paper import report, verdicts
@@ -63,7 +62,7 @@ def realised_kl(policy: Policy, prompts: list[EncodedPrompt], max_new_tokens: in
     positions = batch.completion_start[:, None] + torch.arange(mask.shape[1], device=mask.device)  # [B, T]
     position_ids = torch.cat([batch.position_ids, positions.expand(3, -1, -1)], 2)  # [3, B, P + T]
 
-    def all_logps() -> Tensor:
+    def all_logps() -> torch.Tensor:
         hidden = run_text(policy, ids, segment_ids, position_ids, prompts)  # [B, P + T, H]
         # Each token is predicted one token earlier.
         hidden = hidden[:, batch.input_ids.shape[1] - 1 : -1][mask]  # [N, H]
@@ -226,7 +225,7 @@ def main() -> None:
     parser.add_argument("--base-a", default="tiny", help="folder of base A (default tiny/model)")
     parser.add_argument("--base-b", help="folder of base B; --quick can do without")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each on one core (default 2)")
+    parser.add_argument("--jobs", type=one_or_more, default=2, help="rows at a time, a core each (default 2)")
     parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
     parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of the attempt")
     args, rest = parser.parse_known_args()
@@ -236,8 +235,6 @@ def main() -> None:
             return print(json.dumps(line, indent=2))
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if args.jobs < 1:
-            raise UserError(f"--jobs {args.jobs} runs nothing: give 1 or more.")
         models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}
         protocol, out = open_protocol(models, args.quick)
         run_rows(rows_of(protocol, models, out), args.jobs)

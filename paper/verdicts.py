@@ -12,7 +12,7 @@ What differs from a typical comparison of runs:
 import gzip
 import json
 import math
-import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,8 @@ def read_json(path: Path) -> Any:
 
 def plan(protocol: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Every (base, row, seed): base by base, then seed by seed, so the rows with a claim come first."""
-    runs = []
-    for base in protocol["bases"]:
-        for i, seed in enumerate(protocol["seeds"]):
-            runs += [(base, name, seed) for name, row in protocol["rows"].items() if i < row["seeds"]]
-    return runs
+    runs = product(protocol["bases"], enumerate(protocol["seeds"]), protocol["rows"].items())
+    return [(base, name, seed) for base, (i, seed), (name, row) in runs if i < row["seeds"]]
 
 
 def sample_file(folder: Path, base: str, name: str, seed: int) -> Path:
@@ -54,15 +51,6 @@ def read_row(path: Path, protocol_sha256: str) -> dict[str, Any]:
     if row["protocol"] != protocol_sha256:
         raise UserError(f"{path} was made under another protocol.json: delete it and run its row again.")
     return row
-
-
-def read_rows(folder: Path, protocol: dict[str, Any]) -> Rows:
-    """The files of every row."""
-    rows, protocol_sha256 = {}, sha256(folder / "protocol.json")
-    for base, name, seed in plan(protocol):
-        row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
-        rows.setdefault(base, {}).setdefault(name, []).append(row)
-    return rows
 
 
 # ---------------------------------------------------------------- Student's t, a change and its interval
@@ -197,10 +185,13 @@ def collect(folder: Path) -> dict[str, Any]:
 
     Numbers have four decimal places.
     """
-    protocol = read_json(folder / "protocol.json")
-    rows = read_rows(folder, protocol)
+    protocol, protocol_sha256 = read_json(folder / "protocol.json"), sha256(folder / "protocol.json")
+    rows: Rows = {}
+    for base, name, seed in plan(protocol):
+        row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
+        rows.setdefault(base, {}).setdefault(name, []).append(row)
     lines = ATTEMPTS.read_text(encoding="utf-8").splitlines() if ATTEMPTS.exists() else []
-    results = {"protocol_sha256": sha256(folder / "protocol.json"), "protocol": protocol}
+    results = {"protocol_sha256": protocol_sha256, "protocol": protocol}
     results |= {"attempts": [json.loads(line) for line in lines], "claims": judge(protocol, rows)}
     results |= {"rows": {}, "twins": {}, "versions": rows["A"][BASE][0]["versions"]}
     for base, by_row in rows.items():
@@ -256,7 +247,7 @@ def main() -> None:
     folder = folder_flag(__doc__)
     with exit_on_error("run python -m paper.reproduce first"):
         if problem := check(folder):
-            sys.exit(f"{problem} To write both again: python -m paper.report")
+            raise SystemExit(f"{problem} To write both again: python -m paper.report")
         print(f"{folder / 'RESULTS.md'} says what the samples give.")
 
 

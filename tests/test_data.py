@@ -17,8 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data
 from data import CueConfig, encode_cue, scene_cues
-from files.contact_sheet import contact_sheet
 from files.errors import UserError
+from files.pictures import contact_sheet, warn_once
 from prompts import FAMILIES, UNITS, Processor, box_frame, encode, prompt_text
 from reward import iou, parse_box
 from tiny import architecture, scenes
@@ -424,6 +424,7 @@ def test_text_cues_have_an_expression_or_a_category_that_is_unique_in_the_image(
 def test_a_missing_exclude_file_is_one_line_of_warning(corpus, tmp_path, capsys):
     corpus.image(an_id(False), noise(200, 100))
     corpus.box(an_id(False), 30, 30, 20, 20)
+    warn_once.cache_clear()  # other tests in this process have seen it
     corpus.open()
     assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "none.txt").write_text("")
@@ -662,7 +663,7 @@ BAD_FLAGS = {  # flags after `show`, and what the error must name
     "--data images --source text": "--source text",
     "--tiny-ratio 1.5": "1.5",
     "--tiny-ratio nan": "nan",
-    "--n 0": "--n 0",
+    "--n 0": "--n: 0",
 }
 
 

@@ -268,7 +268,7 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
         (["ask", "nothing.png", "What?"], "nothing.png"),
         (["pope"], "--data"),
         (["pope", "--data", "nowhere.tsv"], "nowhere.tsv"),
-        (["scenes", "--n", "0"], "--n 0"),
+        (["scenes", "--n", "0"], "--n: 0"),
         (["scenes", "--adapter", "nowhere"], "nowhere"),
         (["cues", "--data", "nowhere"], "nowhere"),
         (["scenes", "--cue-prompt", "nowhere.txt"], "nowhere.txt"),

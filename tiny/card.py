@@ -16,9 +16,8 @@ from data import CueConfig, scene_cues
 from evaluation.heldout import baselines, build_heldout_set, evaluate
 from evaluation.scores import markdown_table, mean
 from files.disk import sha256, write_json
-from files.errors import FlagParser, UserError, exit_on_error, model_folder
+from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from models import load_policy
-from policy import Policy
 from tiny.build import STAGES
 from tiny.scenes import KINDS, SIDES
 
@@ -26,17 +25,6 @@ FEW, CROWDS = "1–4 objects", "8–12 objects"
 CARD_SCENES = {FEW: (1, 4), "5–7 objects": (5, 7), CROWDS: (8, 12)}  # fewest and most objects of a scene
 HEADER = ["scenes", *(title for kind in KINDS for title in (kind, "rest black")), "find, IoU", "cue, IoU"]
 MEASURED = re.compile("(?<=<!-- measured -->).*(?=<!-- /measured -->)", re.DOTALL)  # the part to replace
-
-
-def measure(policy: Policy, objects: tuple[int, int], n: int) -> dict[str, Any]:
-    """The scores on scenes of so many objects: n cues, and n / 3 questions of each kind and size.
-
-    Keys as in results.json.
-    """
-    cues, longest = scene_cues(CueConfig(), "heldout", 1, objects), policy.processor.family.max_new_tokens
-    held = build_heldout_set(policy, cues, n)
-    named = baselines(policy, held, longest)["crop_named_right"]
-    return evaluate(policy, held, longest).summary | {"crop_named_right": named}
 
 
 def card_rows(name: str, scores: dict[str, Any]) -> list[list[str]]:
@@ -77,18 +65,21 @@ def card_text(card: dict[str, Any]) -> str:
 def write_card(model: str, n: int) -> None:
     """Measures a model in the embedded world, and writes card.json and the tables into its folder.
 
+    On each entry of CARD_SCENES: n cues, and n / 3 questions of each kind and size; keys as in results.json.
     UserError if its weights are not those that its config.json tells about.
     """
     readme = Path(model_folder(model)) / "README.md"
     if not (readme.is_file() and MEASURED.search(text := readme.read_text(encoding="utf-8"))):
         raise UserError(f"{readme} has no place for the tables: add <!-- measured --><!-- /measured -->.")
-    if n < 1:
-        raise UserError(f"--n {n} leaves nothing to measure: give 1 or more.")
     policy, weights = load_policy(model), readme.with_name("model.safetensors")
     build = getattr(policy.base_model.config, "locus_build", {})
     if sha256(weights) != build.get("sha256"):
         raise UserError(f"{weights} is not what config.json tells about: run python -m tiny.build again.")
-    scores = {name: measure(policy, objects, n) for name, objects in CARD_SCENES.items()}
+    longest, scores = policy.processor.family.max_new_tokens, {}
+    for name, objects in CARD_SCENES.items():
+        held = build_heldout_set(policy, scene_cues(CueConfig(), "heldout", 1, objects), n)
+        named = baselines(policy, held, longest)["crop_named_right"]
+        scores[name] = evaluate(policy, held, longest).summary | {"crop_named_right": named}
     card = {"build": build, "scores": scores}
     write_json(readme.with_name("card.json"), card)
     readme.write_text(MEASURED.sub(lambda _: card_text(card), text), encoding="utf-8")
@@ -98,7 +89,7 @@ def write_card(model: str, n: int) -> None:
 def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help="folder of the embedded model (default tiny/model)")
-    parser.add_argument("--n", type=int, default=900, help="cues a row (default 900)")
+    parser.add_argument("--n", type=one_or_more, default=900, help="cues a row (default 900)")
     args = parser.parse_args()
     with exit_on_error():
         write_card(args.model, args.n)

@@ -80,7 +80,7 @@ def test_a_table_with_every_quirk_of_the_published_ones(tmp_path):
     )
     assert samples["0"].options == {"A": "one", "B": "two", "C": "None"} and samples["0"].answer == "C"
     assert samples["1"].options == {"A": "one", "B": "two", "C": "NA"}
-    assert samples["0"].fields == {"index": "0", "category": "x"}
+    assert samples["0"].row["index"] == "0" and samples["0"].row["category"] == "x"
     exact = Image.open(io.BytesIO(base64.b64decode(big))).tobytes()
     for name, place in (("0", 0), ("1", 0), ("4", 1)):
         assert samples[name].images()[place].tobytes() == exact
@@ -269,11 +269,15 @@ def test_vstar_folder(tmp_path):
     samples = list(read_samples("vstar", tmp_path))
     assert len(samples) == 21 and samples[0].id == "direct_attributes/sa_0"
     first, last = samples[0], samples[-1]
-    assert first.boxes == [(3, 4, 13, 24)] and first.target == "cup" and first.images()[0].size == (40, 30)
+    assert (
+        first.boxes == [(3, 4, 13, 24)]
+        and first.row["target"] == "cup"
+        and first.images()[0].size == (40, 30)
+    )
     assert all(sample.options[sample.answer] == "red" for sample in samples[:-1])
     assert len({sample.answer for sample in samples[:-1]}) > 1, "shuffled"
     assert [s.options for s in samples] == [s.options for s in read_samples("vstar", tmp_path)]
-    assert last.id == "relative_position/sa_0" and last.target == "cup and dog"
+    assert last.id == "relative_position/sa_0" and last.row["target"] == "cup and dog"
     assert last.boxes == [(0, 0, 1, 2), (5, 6, 12, 14)] and last.options[last.answer] == "left"
     (tmp_path / "direct_attributes" / "sa_7.json").write_text('{"question": 1}')
     *samples, unreadable = read_samples("vstar", tmp_path)
@@ -357,7 +361,7 @@ def test_babyvisions_own_files(tmp_path):
     (folder / "meta_data.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n\n")
     for place in (tmp_path / "LMUData", folder, folder / "meta_data.jsonl"):
         blank, choice, unreadable = read_samples("babyvision", place)
-        assert (blank.options, blank.answer, blank.fields["category"]) == ({}, "12", "Visual Tracking")
+        assert (blank.options, blank.answer, blank.row["category"]) == ({}, "12", "Visual Tracking")
         assert (choice.options, choice.answer) == ({"A": "x", "B": "y", "C": "z"}, "B")
         assert colors(choice) == [(0, 0, 255)]
         assert judge(blank, "\\boxed{12}")["right"] == judge(choice, "\\boxed{B}")["right"] == 1
@@ -656,7 +660,7 @@ def read_one(tmp_path, name: str, **cells):
 def test_boxes_are_judged_in_pixels(tmp_path):
     sample = read_one(tmp_path, "refcoco", answer="[10, 20, 110, 80]")
     hit = judge(sample, "<think>x</think><answer>[10, 20, 110, 80]</answer>")
-    cells = {"fields": sample.fields, "answer": sample.answer}
+    cells = {"fields": sample.row, "answer": sample.answer}
     assert hit == cells | {
         "prediction": "[10.0, 20.0, 110.0, 80.0]",
         "parsed": True,

@@ -226,7 +226,7 @@ LASTING = {  # replies of the server, the number of requests, the reason that is
     "not found": ([404], 1, "answered with HTTP 404"),
     "server error": ([500], 4, "answered with HTTP 500"),
     "error page": ([b"<html>not found</html>"], 4, "broken or not an image"),
-    "incomplete": (["incomplete"], 4, "incomplete"),
+    "incomplete": (["incomplete"], 4, "broken or not an image"),
     "huge length": (["huge length"], 1, "over 1 MB"),
     "endless": (["endless"], 1, "over 1 MB"),
     "slow": (["slow"], 4, "too slow"),
@@ -364,7 +364,7 @@ def test_a_full_disk_ends_with_one_sentence(server, tmp_path, monkeypatch, capsy
     assert not any((tmp_path / "new").glob("*.jpg"))
 
 
-BAD_FLAGS = {"--limit 0": "--limit 0", "--heldout -1": "--heldout -1", "--tiny-ratio 2": "--tiny-ratio 2.0"}
+BAD_FLAGS = {"--limit 0": "--limit: 0", "--heldout -1": "--heldout: -1", "--tiny-ratio 2": "--tiny-ratio 2.0"}
 BAD_FLAGS |= {"--annotations none.json": "none.json", "--exclude none.txt": "none.txt"}
 
 

@@ -132,7 +132,7 @@ def test_other_weights_than_the_protocols_are_refused(base, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--jobs", "0"], "--jobs 0"), (["--base-b", "none"], "none"), (["--base-c", "x"], "--base-")],
+    [(["--jobs", "0"], "--jobs: 0"), (["--base-b", "none"], "none"), (["--base-c", "x"], "--base-")],
 )
 def test_flags_that_make_no_sense_are_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])

@@ -92,4 +92,4 @@ def test_no_samples_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["card.py", "--n", "0"])
     with pytest.raises(SystemExit) as stopped:
         card.main()
-    assert stopped.value.code == 2 and "--n 0" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--n: 0" in capsys.readouterr().err
