@@ -30,7 +30,7 @@ from data import CueConfig, open_cues, scene_cues
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
-from files.disk import fingerprint, sha256, write_json
+from files.disk import fingerprint, read_lines, sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from locus_mini import train
 from models import add_lora, load_policy
@@ -124,7 +124,7 @@ def run_row(row: Row) -> dict[str, Any]:
     prompts = {"cue": held.cue_prompts, "find": held.find_prompts, "questions": held.question_prompts}
     kl = {name: realised_kl(policy, part[:100], longest) for name, part in prompts.items()}
     # Write it down.
-    lines = [json.loads(line) for line in (row.folder / "metrics.jsonl").open(encoding="utf-8")]
+    lines = read_lines(row.folder / "metrics.jsonl")
     content = {"samples": samples, "kl": kl | {"all": mean(kl.values())}, "versions": versions()}
     content |= {"curve": [round(line["iou"], 4) for line in lines], "protocol": row.protocol}
     content["seconds"] = round(time.monotonic() - start)

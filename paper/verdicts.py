@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.scores import mean
-from files.disk import sha256
+from files.disk import read_lines, sha256
 from files.errors import FlagParser, UserError, exit_on_error
 
 HERE = Path(__file__).parent
@@ -190,9 +190,8 @@ def collect(folder: Path) -> dict[str, Any]:
     for base, name, seed in plan(protocol):
         row = read_row(sample_file(folder, base, name, seed), protocol_sha256)
         rows.setdefault(base, {}).setdefault(name, []).append(row)
-    lines = ATTEMPTS.read_text(encoding="utf-8").splitlines() if ATTEMPTS.exists() else []
     results = {"protocol_sha256": protocol_sha256, "protocol": protocol}
-    results |= {"attempts": [json.loads(line) for line in lines], "claims": judge(protocol, rows)}
+    results |= {"attempts": read_lines(ATTEMPTS), "claims": judge(protocol, rows)}
     results |= {"rows": {}, "twins": {}, "versions": rows["A"][BASE][0]["versions"]}
     for base, by_row in rows.items():
         results["rows"][base] = {name: row_figures(runs) for name, runs in by_row.items()}

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from data import Cue, CueConfig, cue_flags, open_cues
 from files.checkpoints import read_processors
 from files.disk import continue_lines, file_stats, fingerprint, read_lines, write_json
-from files.errors import FlagParser, UserError, exit_on_error
+from files.errors import FlagParser, UserError, exit_on_error, one_or_more
 from models import read_family
 from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, prompt_text
 from training.run_folder import lock_run_folder, require_same_settings
@@ -164,8 +164,6 @@ def export_cues(out: Path, format: str, split: str, limit: int, data: str, seed:
     flags: source and tiny_ratio of CueConfig; model, frame and pixels as in find_target; annotations, images,
     exclude and expressions of COCO.
     """
-    if limit < 1:
-        raise UserError(f"--limit {limit} leaves nothing to export: give 1 or more.")
     cfg = CueConfig(flags.pop("source"), flags.pop("tiny_ratio"))
     target = find_target(format, flags.pop("model"), flags.pop("frame"), flags.pop("pixels"))
     folder = {"coco": flags["images"], "scenes": None}.get(data, Path(data))
@@ -205,7 +203,7 @@ def main() -> None:
     parser.add_argument("--data", default="scenes", help="scenes, coco or a folder of images")
     parser.add_argument("--images", type=Path, help="of COCO")
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--limit", type=int, default=99_500, help="number of cues; paper: 99500")
+    parser.add_argument("--limit", type=one_or_more, default=99_500, help="number of cues; paper: 99500")
     parser.add_argument("--model", help="for its prompt and boxes; default tiny, or Qwen if --frame is given")
     parser.add_argument("--frame", "--box-frame", choices=("resized", "relative1000"), help="box coordinates")
     parser.add_argument("--pixels", type=int, nargs=2, metavar=("MIN", "MAX"), help="limits of the engine")

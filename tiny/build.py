@@ -35,7 +35,7 @@ from data import Cue, CueConfig, sample_cue_box, sample_random_box, scene_cues
 from evaluation.heldout import build_heldout_set, evaluate, target_object
 from evaluation.scores import mean
 from files.disk import sha256
-from files.errors import FlagParser, UserError, exit_on_error
+from files.errors import FlagParser, UserError, exit_on_error, one_or_more
 from models import make_policy
 from policy import group_mask
 from prompts import FAMILIES, PROMPTS, BoxFrame, Processor
@@ -372,11 +372,9 @@ def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-per-stage", type=int, help="instead of each stage's own, to try it out")
+    parser.add_argument("--steps-per-stage", type=one_or_more, help="instead of each stage's own, to try it out")
     args = parser.parse_args()
     with exit_on_error():
-        if args.steps_per_stage is not None and args.steps_per_stage < 1:
-            raise UserError(f"--steps-per-stage {args.steps_per_stage} is no training: give 1 or more.")
         if args.out.resolve().is_relative_to(checkout := Path(__file__).resolve().parents[1]):
             raise UserError(f"--out {args.out} is inside {checkout}, as its state would be: give another.")
         run_build(Build(args.out, args.seed, args.steps_per_stage), args.out)

@@ -272,8 +272,8 @@ def test_other_settings_are_refused_on_resume(seed, steps, finished):
     [
         (["--out", str(ROOT / "tiny" / "other")], "is inside"),
         (["--out", str(ROOT)], "is inside"),
-        (["--out", "X", "--steps-per-stage", "0"], "--steps-per-stage 0"),
-        (["--out", "X", "--steps-per-stage", "-3"], "--steps-per-stage -3"),
+        (["--out", "X", "--steps-per-stage", "0"], "--steps-per-stage: 0"),
+        (["--out", "X", "--steps-per-stage", "-3"], "--steps-per-stage: -3"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, problem, tmp_path, monkeypatch, capsys):
