@@ -372,7 +372,7 @@ def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-per-stage", type=one_or_more, help="instead of each stage's own, to try it out")
+    parser.add_argument("--steps-per-stage", type=one_or_more, help="of every stage, to try it out")
     args = parser.parse_args()
     with exit_on_error():
         if args.out.resolve().is_relative_to(checkout := Path(__file__).resolve().parents[1]):
