@@ -16,6 +16,13 @@ from policy import Policy
 programs.start_server()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts what several tests share and what takes long, so that it runs beside the first tests."""
+    modules = dict.fromkeys(getattr(item, "module", None) for item in session.items)
+    for module in modules if not session.config.option.collectonly else ():
+        getattr(module, "start_early_programs", lambda: None)()
+
+
 @pytest.fixture(params=KINDS)
 def policy(request) -> Policy:
     return with_adapter(random_policy(request.param))

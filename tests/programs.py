@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 MAIN = "import locus_mini; locus_mini.main()"
+EARLY = ThreadPoolExecutor(1)  # it runs one program after the other, beside the tests
 
 
 def start_server() -> None:
@@ -19,6 +22,16 @@ def start_server() -> None:
     if os.name != "nt":
         CONTEXT.set_forkserver_preload(["eval", "locus_mini"])
         forkserver.ensure_running()
+
+
+@cache
+def scratch() -> tempfile.TemporaryDirectory:
+    """The folder of all programs, which is removed when the tests end."""
+    return tempfile.TemporaryDirectory(prefix="locus-mini-tests-")
+
+
+def new_folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=scratch().name))
 
 
 def run_code(code: str, arguments: list[str], folder: Path, max_file_size: int | None) -> None:
@@ -37,7 +50,7 @@ class Program:
     """Python code that runs in a process of its own; by default it is the main program."""
 
     def __init__(self, *arguments: object, code: str = MAIN, max_file_size: int | None = None):
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = new_folder()
         words = [str(word) for word in arguments]
         self.process = CONTEXT.Process(target=run_code, args=(code, words, self.folder, max_file_size))
         self.process.start()
@@ -58,3 +71,14 @@ class Program:
     @property
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(encoding="utf-8")
+
+
+def start_early(*arguments: object, code: str = MAIN, exit_code: int = 0) -> Future:
+    """A program that is to end with this code; the result of the future is the program."""
+
+    def run() -> Program:
+        program = Program(*arguments, code=code)
+        assert program.wait() == exit_code, program.stderr
+        return program
+
+    return EARLY.submit(run)

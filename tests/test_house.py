@@ -71,7 +71,8 @@ def test_the_root_is_the_method():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SEVEN)
     assert sum(code_lines(CODE[name]) for name in SEVEN) <= 1230
     assert sum(CODE[name].count("\n") for name in SEVEN) <= 1766
-    assert sum(map(code_lines, CODE.values())) <= 5375
+    page = (ROOT / "training" / "report.html").read_text(encoding="utf-8")
+    assert sum(map(code_lines, CODE.values())) + page.count("\n") <= 5250, "with the page, as it has a script"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -292,7 +292,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, monkeypatch, capsys):
 
 def test_a_wrong_frame_is_found_by_the_boxes_of_the_base_model(monkeypatch, capsys, tmp_path):
     """The embedded model writes boxes relative to 1,000; with another frame the base evaluation refuses."""
-    arguments = ("--box-frame", "resized", "--eval-cues", "200", "--out", str(tmp_path / "x"), *SMALL[:6])
+    arguments = ("--box-frame", "resized", "--eval-cues", "90", "--out", str(tmp_path / "x"), *SMALL[:6])
     code, stderr = in_process(monkeypatch, capsys, *arguments)
     assert code == 2 and "--box-frame relative1000" in stderr
 

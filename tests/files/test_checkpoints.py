@@ -388,8 +388,8 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
-def refusal_of_a_program(folder: Path, *arguments: str, reachable: bool = True) -> str:
-    """The one sentence with which a program on a machine without CUDA refuses a model of our hub."""
+def refusals_of_programs(folder: Path, *commands: list[str], reachable: bool = True) -> list[str]:
+    """The one sentence with which each program, on a machine without CUDA, refuses a model of our hub."""
     server = HTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     if not reachable:
@@ -397,28 +397,35 @@ def refusal_of_a_program(folder: Path, *arguments: str, reachable: bool = True) 
     Hub.requests.clear()
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ROOT / arguments[0], *arguments[1:], "--out", "run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+    kwargs = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    programs = [
+        subprocess.Popen([sys.executable, ROOT / program, *flags, "--out", "run"], **kwargs)
+        for program, *flags in commands
+    ]
+    sentences = [program.communicate(timeout=60)[1] for program in programs]
     server.shutdown()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert [program.returncode for program in programs] == [2] * len(programs), sentences
+    assert all(sentence.count("\n") == 1 for sentence in sentences), sentences
     assert not (folder / "run").exists()
-    return done.stderr
+    return sentences
 
 
-@pytest.mark.parametrize("name", ["Qwen/Unknown-VL", "Qwen/Gated-VL"])
 @pytest.mark.parametrize("reachable", [True, False])
-def test_gated_and_unknown_ids_are_one_sentence(name, reachable, tmp_path):
-    sentence = refusal_of_a_program(tmp_path, "locus_mini.py", "--model", name, "--cpu", reachable=reachable)
-    assert sentence.startswith(f"--model {name} cannot be loaded: ")
-    assert ("hf auth login" if reachable else "connect once") in sentence
+def test_gated_and_unknown_ids_are_one_sentence(reachable, tmp_path):
+    names = ("Qwen/Unknown-VL", "Qwen/Gated-VL")
+    commands = [["locus_mini.py", "--model", name, "--cpu"] for name in names]
+    for name, sentence in zip(names, refusals_of_programs(tmp_path, *commands, reachable=reachable)):
+        assert sentence.startswith(f"--model {name} cannot be loaded: ")
+        assert ("hf auth login" if reachable else "connect once") in sentence
     assert bool(Hub.requests) == reachable
 
 
-@pytest.mark.parametrize("program", ["locus_mini.py", "eval.py scenes"])
-def test_a_hub_model_without_cuda_is_refused_before_anything_is_downloaded(program, tmp_path):
-    sentence = refusal_of_a_program(tmp_path, *program.split(), "--model", "Qwen/Gated-VL")
-    assert sentence.startswith("--model Qwen/Gated-VL cannot be loaded: PyTorch finds no GPU with CUDA")
-    assert "--cpu" in sentence and Hub.requests == [] and list(tmp_path.iterdir()) == []
+def test_a_hub_model_without_cuda_is_refused_before_anything_is_downloaded(tmp_path):
+    commands = [[*words, "--model", "Qwen/Gated-VL"] for words in (["locus_mini.py"], ["eval.py", "scenes"])]
+    for sentence in refusals_of_programs(tmp_path, *commands):
+        assert sentence.startswith("--model Qwen/Gated-VL cannot be loaded: PyTorch finds no GPU with CUDA")
+        assert "--cpu" in sentence
+    assert Hub.requests == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_large_folder_needs_the_flag_and_a_small_one_does_not(sound, tmp_path, capsys):

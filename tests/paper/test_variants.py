@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from programs import new_folder, start_early
 
 import locus_mini
 from data import Cue, CueConfig, encode_cue, scene_cues
@@ -190,31 +191,40 @@ def test_another_crop_shows_another_scene_and_leaves_image_and_target(tiny, batc
     assert VARIANTS["other_crop"].task.score is locus_mini.score
 
 
-@pytest.mark.parametrize(
-    "variant", ["sft_quarter_wrong", "random", "shuffled", "other_crop", "description", "questions"]
-)
+CONTROLS = ("sft_quarter_wrong", "random", "shuffled", "other_crop", "description", "questions")
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    """Runs of three steps that nothing stops."""
+    EARLY["folder"] = folder = new_folder()
+    for name in CONTROLS:
+        arguments = (name, "--out", folder / name, *SMALL)
+        EARLY[name] = start_early(*arguments, code="from paper import variants; variants.main()")
+
+
+@pytest.mark.parametrize("variant", CONTROLS)
 def test_every_control_trains_and_resumes_where_it_was_stopped(variant, tmp_path, monkeypatch):
     """Two steps and, after a stop, a third are three steps."""
-    for name in ("whole", "stopped"):
-        arguments = ["x", variant, "--out", str(tmp_path / name), *SMALL, "--save-every", "2"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        if name == "stopped":
-            train_step = locus_mini.train_step
+    train_step = locus_mini.train_step
 
-            def stopped_train_step(policy, optimizer, cues, step, *rest, train_step=train_step):
-                if step == 2:
-                    raise KeyboardInterrupt
-                return train_step(policy, optimizer, cues, step, *rest)
+    def stopped_train_step(policy, optimizer, cues, step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return train_step(policy, optimizer, cues, step, *rest)
 
-            with monkeypatch.context() as patch:
-                patch.setattr(locus_mini, "train_step", stopped_train_step)
-                with pytest.raises(SystemExit):
-                    main()
-            monkeypatch.setattr(sys, "argv", ["x", variant, "--resume", str(tmp_path / name)])
-        main()
-    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    last = json.loads((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()[-1])
+    arguments = ["x", variant, "--out", str(tmp_path / "run"), *SMALL, "--save-every", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(locus_mini, "train_step", stopped_train_step)
+        with pytest.raises(SystemExit):
+            main()
+    monkeypatch.setattr(sys, "argv", ["x", variant, "--resume", str(tmp_path / "run")])
+    main()
+    EARLY[variant].result()
+    folders, name = (tmp_path / "run", EARLY["folder"] / variant), "adapter/adapter_model.safetensors"
+    assert len({(folder / name).read_bytes() for folder in folders}) == 1
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["skipped"] == 0 and last["grad_norm"] > 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import Program
+from programs import new_folder, start_early
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from files.disk import sha256
@@ -208,27 +208,29 @@ for folder, kills in (argument.split("=") for argument in sys.argv[1:]):
 """
 
 
-def launch(*arguments: object, code: str = "from tiny import build; build.main()") -> str:
-    """What a process prints; it must end well. By default it is a build."""
-    process = Program(*arguments, code=code)
-    assert process.wait() == 0, process.stderr
-    return process.stdout
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    EARLY["folder"] = folder = new_folder()
+    arguments = ("--out", folder / "model", "--seed", 0, "--steps-per-stage", STEPS)
+    EARLY["finished"] = start_early(*arguments, code="from tiny import build; build.main()")
+    # Each kill comes between the last step of a stage and the state that would have it.
+    EARLY["builds"] = start_early(f"{folder}/again=0", f"{folder}/killed=2,3,3,3,0", code=BUILDS)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
+def finished() -> tuple[Path, str]:
     """The folder of a build that nothing interrupted, and what it printed."""
-    folder = tmp_path_factory.mktemp("build") / "model"
-    return folder, launch("--out", folder, "--seed", 0, "--steps-per-stage", STEPS)
+    return EARLY["folder"] / "model", EARLY["finished"].result().stdout
 
 
-def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished, tmp_path):
-    again, killed = tmp_path / "again", tmp_path / "killed"
-    # Each kill comes between the last step of a stage and the state that would have it.
-    printed = launch(f"{again}=0", f"{killed}=2,3,3,3,0", code=BUILDS)
+def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished):
+    printed = EARLY["builds"].result().stdout
     ends = [int(line.removeprefix("ended with ")) for line in printed.splitlines() if "ended" in line]
     assert ends == [0, *[-signal.SIGKILL] * 4, 0]
-    hashes = {sha256(folder / "model.safetensors") for folder in (finished[0], again, killed)}
+    names = ("model", "again", "killed")
+    hashes = {sha256(EARLY["folder"] / name / "model.safetensors") for name in names}
     assert len(hashes) == 1 and f"SHA-256 of model.safetensors: {hashes.pop()}\n" in finished[1]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program
+from programs import Program, new_folder, start_early
 
 import locus_mini
 from data import CueConfig, open_cues
@@ -30,20 +30,33 @@ def run_program(*arguments: object) -> None:
         locus_mini.main()
 
 
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    EARLY["folder"] = folder = new_folder()
+    EARLY["plain"] = start_early("--out", folder / "plain", *SMALL)
+    EARLY["evaluated"] = start_early("--out", folder / "evaluated", *EVALUATED)
+    arguments = ("--out", folder / "killed", *EVALUATED, "best")
+    EARLY["killed"] = start_early(*arguments, code=KILLED, exit_code=9)
+
+
+def folder_of(name: str) -> Path:
+    """The folder of an early run, once it has ended."""
+    EARLY[name].result()
+    return EARLY["folder"] / name
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
+def plain() -> Path:
     """A run without evaluation on the way."""
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    run_program("--out", folder, *SMALL)
-    return folder
+    return folder_of("plain")
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory) -> Path:
+def evaluated() -> Path:
     """The same run with an evaluation after every second step, and with the entropy."""
-    folder = tmp_path_factory.mktemp("evaluated") / "run"
-    run_program("--out", folder, *EVALUATED)
-    return folder
+    return folder_of("evaluated")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -154,10 +167,9 @@ def kill(moment: str, *arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
+def killed() -> Path:
     """The evaluated run, killed between the checkpoint of its first evaluation and the best adapter."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    kill("best", "--out", folder, *EVALUATED)
+    folder = folder_of("killed")
     assert not (folder / "adapter-best").exists()
     assert [path.name for path in run_folder.checkpoints(folder)] == ["step-000002"]
     return folder

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageColor
+from programs import new_folder, start_early
 
 import eval as eval_module
 import locus_mini
@@ -32,12 +33,19 @@ def train(*arguments: object) -> None:
         locus_mini.main()
 
 
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    EARLY["folder"] = new_folder() / "run"
+    EARLY["run"] = start_early("--out", EARLY["folder"], *SMALL, "--log-entropy")
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run() -> Path:
     """A run of five steps with an evaluation and a group every two."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train("--out", folder, *SMALL, "--log-entropy")
-    return folder
+    EARLY["run"].result()
+    return EARLY["folder"]
 
 
 def content(folder: Path) -> list[bytes]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program
+from programs import Program, new_folder, start_early
 from random_models import noise
 from torch import nn
 
@@ -38,13 +38,19 @@ def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    EARLY["folder"] = new_folder() / "run"
+    EARLY["uninterrupted"] = start_early("--out", EARLY["folder"], *SMALL)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def uninterrupted() -> Path:
     """A run of twenty steps without a break."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = Program("--out", folder, *SMALL)
-    assert process.wait() == 0, process.stderr
-    return folder
+    EARLY["uninterrupted"].result()
+    return EARLY["folder"]
 
 
 @pytest.fixture(scope="module")

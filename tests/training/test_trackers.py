@@ -132,7 +132,14 @@ def test_wandb_continues_the_run_that_config_json_names(tmp_path, monkeypatch):
 
 
 NO_KEY = """
+import os, sys
 from pathlib import Path
+
+kept = {name: os.environ[name] for name in os.environ if not name.startswith(("WANDB", "NETRC"))}
+os.chdir(sys.argv[1])
+os.environ.clear()
+os.environ |= kept | {"HOME": sys.argv[1]}  # a home without a key
+
 from files.errors import exit_on_error
 from training.run_folder import open_tracker
 from training.settings import Config
@@ -146,12 +153,10 @@ def test_wandb_without_a_key_is_one_sentence(tmp_path):
     """In a process of its own: wandb remembers the mode of earlier runs."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     (tmp_path / "config.json").write_text('{"tracker_run": "0123abcd"}')
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
-    env = kept | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}  # a home without a key
-    command = [sys.executable, "-c", NO_KEY]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    process = Program(tmp_path, code=NO_KEY)
+    assert process.wait() == 2
+    last = process.stderr.splitlines()[-1]
+    assert process.stdout == "" and "Traceback" not in process.stderr
     assert "--report-to wandb cannot start (" in last and "WANDB_MODE=offline" in last
 
 
