@@ -60,7 +60,7 @@ def commands(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_relative_links_and_images_exist(path):
     prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", prose):
         if not re.match(r"[a-z]+:|#", target):
             assert (path.parent / target.partition("#")[0]).exists(), target
 
