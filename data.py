@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from files import download
 from files.coco import index_coco, parse_ids, read_input
 from files.errors import FlagParser, UserError, exit_on_error, one_or_more, require_file
-from files.pictures import NARROWEST, LeftOut, Photos, contact_sheet, open_folder, warn_once
+from files.pictures import NARROWEST, SUFFIXES, LeftOut, Photos, contact_sheet, open_folder, warn_once
 from prompts import EncodedPrompt, Processor, encode, prompt_text
 from reward import Box
 from tiny import scenes
@@ -255,7 +255,7 @@ def cue_flags() -> FlagParser:
     """The flags of which cues are drawn, as a parent of each command that draws some."""
     parser = FlagParser(add_help=False)
     for name in ("annotations", "exclude", "expressions"):
-        parser.add_argument(f"--{name}", type=Path, help="of COCO: needs --data coco")
+        parser.add_argument(f"--{name}", type=Path, help="of COCO")
     parser.add_argument("--source", choices=SOURCES, default="object", help="what a cue is (Tables 5 to 7)")
     parser.add_argument("--tiny-ratio", type=float, default=0.7, help="share of tiny cues; the rest is small")
     parser.add_argument("--seed", type=int, default=0)
@@ -281,6 +281,8 @@ def main() -> None:
             fetch_images(cfg, **args)
         else:
             n, out = args.pop("n"), args.pop("out")
+            if out.suffix not in SUFFIXES:
+                raise UserError(f"--out {out} is not the name of an image: give one that ends in .png.")
             contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
             print(out)
 

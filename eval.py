@@ -55,7 +55,9 @@ def read_flags() -> argparse.Namespace:
     if args.task == "ask" and args.question is None:
         raise UserError('eval.py ask needs a picture and a question: eval.py ask photo.jpg "What is this?"')
     if args.task == "report":
-        require_file("The run", (args.image or Path("runs/NAME")) / "config.json")
+        if args.image is None:
+            raise UserError("eval.py report needs the folder of a run: eval.py report runs/first")
+        require_file("The run", args.image / "config.json")
     elif args.task not in ("scenes", "ask") and args.data is None:
         raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
     require_file("The picture", args.image)

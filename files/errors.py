@@ -53,9 +53,9 @@ def exit_on_error(remedy: str = "check the path and the disk", stopped: str = ""
 
 def one_or_more(text: str) -> int:
     """The type of a flag that counts samples or the like: a whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give 1 or more.")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more: give one.")
+    return int(text)
 
 
 class FlagParser(argparse.ArgumentParser):

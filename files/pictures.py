@@ -153,9 +153,11 @@ def contact_sheet(cues: Any, n: int) -> Image.Image:
         cue, x, y = cues[i], i % 3 * 480 + 10, i // 3 * 260 + 10
         image = cue.image.copy()
         ImageDraw.Draw(image).rectangle(cue.box, outline="magenta", width=max(1, max(image.size) // 120))
-        sheet.paste(ImageOps.contain(image, (320, 240)), (x, y))
+        shown = ImageOps.contain(image, (320, 240))
+        sheet.paste(shown, (x, y))
+        x += shown.width + 10
         if cues.cfg.source != "text":  # with a text cue, the model sees no crop
-            sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x + 330, y))
+            sheet.paste(ImageOps.contain(cue.crop, (130, 130)), (x, y))
         label = f"cue {i} ({cue.size})\n{cue.text or ''}\nin the pink box"
-        ImageDraw.Draw(sheet).text((x + 330, y + 140), label, fill="black", font_size=16)
+        ImageDraw.Draw(sheet).text((x, y + 140), label, fill="black", font_size=16)
     return sheet

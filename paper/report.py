@@ -60,7 +60,7 @@ def attempt_table(attempts: list[dict[str, Any]]) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
         changes = [line["figures"][name] for name in names]
         cells = [f"{entry['change']:+.1f} ± {entry['error']:.1f}" for entry in changes]
-        start = [line["note"], line["base"][:8], f"{line['variant']}: {settings}"]
+        start = [line["note"], line["base"][:8], settings]
         lines.append([*start, *cells, f"{line['kl']:.3f}", str(line["seconds"])])
     return markdown_table(["attempt", "base", "settings", *names, "KL", "seconds"], lines)
 

@@ -2,7 +2,7 @@
 
     python -m paper.reproduce --base-b FOLDER    all rows on both bases (4 hours on 2 cores), into paper/
     python -m paper.reproduce --quick            the same in minutes, too short to mean anything: runs/quick/
-    python -m paper.reproduce --attempt "why" [--base-a FOLDER] [--variant NAME] [flags of locus_mini.py]
+    python -m paper.reproduce --attempt "why" [--base-a FOLDER] [flags of locus_mini.py]
                                                  one training run, measured on development seeds and scenes
 
 Base A is tiny/model, base B is what `python -m tiny.build --out FOLDER --seed 1` makes; protocol.json names
@@ -30,7 +30,7 @@ from data import CueConfig, open_cues, scene_cues
 from evaluation.heldout import HeldOutSet, build_heldout_set, evaluate
 from evaluation.scores import mean
 from evaluation.twins import add_twins, measure_twins
-from files.disk import fingerprint, read_lines, sha256, write_json
+from files.disk import continue_lines, fingerprint, read_lines, sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from locus_mini import train
 from models import add_lora, load_policy
@@ -138,7 +138,7 @@ def run_row(row: Row) -> dict[str, Any]:
 # ---------------------------------------------------------------- one attempt
 
 
-def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[str, Any]:
+def attempt(note: str, model: str, flags: dict[str, Any]) -> dict[str, Any]:
     """One attempt at moving questions, measured on development seeds and scenes: a line of attempts.jsonl.
 
     Every attempt is kept, good or bad, and RESULTS.md shows them all. None sees the seeds and scenes that
@@ -153,14 +153,14 @@ def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[
     if taken := {*seeds} & {*protocol["seeds"]}:
         raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")
     settings, contents = {"steps": protocol["steps"]} | flags, []
-    for name, run_flags in [("locus", {"steps": 0}), *((variant, settings | {"seed": s}) for s in seeds)]:
+    for run_flags in ({"steps": 0}, *(settings | {"seed": seed} for seed in seeds)):
         # Its folder is named by all that a run depends on, so no run is made twice.
-        parts = (weights, name, str(sorted(run_flags.items())), str(development["measured"]))
+        parts = (weights, str(sorted(run_flags.items())), str(development["measured"]))
         folder = RUNS / "attempts" / fingerprint(map(str.encode, parts))
-        row = Row(model, name, run_flags, development["measured"], folder, folder / "row.json.gz")
+        row = Row(model, "locus", run_flags, development["measured"], folder, folder / "row.json.gz")
         contents.append(run_row(row))
     base, *runs = contents
-    line = {"note": note, "commit": runs[0]["versions"]["commit"], "base": weights, "variant": variant}
+    line = {"note": note, "commit": runs[0]["versions"]["commit"], "base": weights}
     line |= {"settings": settings, "seeds": seeds, "seconds": sum(run["seconds"] for run in runs)}
     line |= {"kl": round(mean(run["kl"]["all"] for run in runs), 4), "figures": {}}
     for key in runs[0]["samples"]:
@@ -168,7 +168,7 @@ def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[
         entry = verdicts.contrast([run["samples"][key] for run in runs], before)
         entry["before"] = 100 * mean(before[0])
         line["figures"][key] = {part: round(entry[part], 2) for part in ("before", "change", "error", "n")}
-    with verdicts.ATTEMPTS.open("a", encoding="utf-8") as file:
+    with continue_lines(verdicts.ATTEMPTS, len(read_lines(verdicts.ATTEMPTS))) as file:
         file.write(json.dumps(line) + "\n")
     return line
 
@@ -227,11 +227,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
     parser.add_argument("--jobs", type=one_or_more, default=2, help="rows at a time, a core each (default 2)")
     parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
-    parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of the attempt")
     args, rest = parser.parse_known_args()
     with exit_on_error():
-        if args.attempt:
-            line = attempt(args.attempt, model_folder(args.base_a), args.variant, read_flags(__doc__, rest))
+        if args.attempt is not None:
+            if args.quick or args.base_b:
+                parser.error("--attempt makes one run on --base-a: leave --quick and --base-b out")
+            line = attempt(args.attempt, model_folder(args.base_a), read_flags(__doc__, rest))
             return print(json.dumps(line, indent=2))
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from data import Cue, CueConfig, cue_flags, open_cues
 from files.checkpoints import read_processors
-from files.disk import continue_lines, file_stats, fingerprint, read_lines, write_json
+from files.disk import continue_lines, file_stats, fingerprint, write_json
 from files.errors import FlagParser, UserError, exit_on_error, one_or_more
 from models import read_family
 from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, prompt_text
@@ -183,7 +183,7 @@ def export_cues(out: Path, format: str, split: str, limit: int, data: str, seed:
         if format == "easyr1":
             think = PROMPTS[target.family.template]["think"]
             (out / "format.jinja").write_text("{{ content | trim }}" + think + "\n", encoding="utf-8")
-        done = len(read_lines(rows_path))
+        done = rows_path.read_bytes().count(b"\n") if rows_path.exists() else 0
         with continue_lines(rows_path, done) as rows:
             for i in tqdm(range(done, limit), initial=min(done, limit), total=limit):
                 cue, name = cues[i], f"{split}-{i:06}.png"

@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 # On one thread models this small are no slower, and much faster where other programs want the cores. On
 # several, a test that sets their number, as paper.reproduce does, changes the last digits of those after it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The server of tests/programs.py must not start CUDA when it asks for a GPU: its forks could not use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import programs
 import pytest
@@ -21,6 +23,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     modules = dict.fromkeys(getattr(item, "module", None) for item in session.items)
     for module in modules if not session.config.option.collectonly else ():
         getattr(module, "start_early_programs", lambda: None)()
+
+
+def pytest_sessionfinish() -> None:
+    programs.stop()
 
 
 @pytest.fixture(params=KINDS)

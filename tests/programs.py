@@ -9,12 +9,14 @@ import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from threading import Lock
 
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 MAIN = "import locus_mini; locus_mini.main()"
 EARLY = ThreadPoolExecutor(1)  # it runs one program after the other, beside the tests
+LOCK = Lock()  # a process that starts asks after all others, and the exit code of one can be read only once
 
 
 def start_server() -> None:
@@ -53,16 +55,18 @@ class Program:
         self.folder = new_folder()
         words = [str(word) for word in arguments]
         self.process = CONTEXT.Process(target=run_code, args=(code, words, self.folder, max_file_size))
-        self.process.start()
+        with LOCK:
+            self.process.start()
 
     def wait(self, timeout: float = 300) -> int | None:
         """The exit code, below 0 after a signal; None if it is still running."""
-        self.process.join(timeout)
-        return self.process.exitcode
+        connection.wait([self.process.sentinel], timeout)
+        with LOCK:
+            return self.process.exitcode
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.wait()
 
     @property
     def stdout(self) -> str:
@@ -71,6 +75,13 @@ class Program:
     @property
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(encoding="utf-8")
+
+
+def stop() -> None:
+    """Ends what still runs, and starts nothing that waits."""
+    EARLY.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def start_early(*arguments: object, code: str = MAIN, exit_code: int = 0) -> Future:

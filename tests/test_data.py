@@ -624,10 +624,11 @@ def test_a_sheet_of_text_cues_shows_no_crop():
     assert painted[0] > 1000 and painted[1] == 0
 
 
-def test_show_ends_with_one_sentence_on_bad_data(tmp_path):
-    process = run("show", "--data", "nowhere", cwd=tmp_path)
+@pytest.mark.parametrize("flags", ["--data nowhere", "--out cues"])
+def test_show_ends_with_one_sentence_on_wrong_use(flags, tmp_path):
+    process = run("show", *flags.split(), cwd=tmp_path)
     assert (process.returncode, process.stdout, list(tmp_path.iterdir())) == (2, "", [])
-    assert process.stderr.count("\n") == 1 and "--data nowhere" in process.stderr
+    assert process.stderr.count("\n") == 1 and flags in process.stderr
 
 
 def test_show_reads_coco(corpus, tmp_path, monkeypatch, capsys):

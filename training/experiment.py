@@ -8,6 +8,7 @@ name after a dollar sign for each field.
 import base64
 import io
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 from data import CueConfig, Cues, open_cues
 from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
-from evaluation.scores import ROWS, summarize, table
+from evaluation.scores import summarize, table
 from files.checkpoints import check_device
 from files.disk import read_lines, sync, write_json
 from files.errors import UserError, exit_on_error
@@ -186,17 +187,12 @@ def eval_commands(folder: Path) -> list[str]:
 # The page loads nothing: its images are inside it. All text is escaped, because a model may write anything.
 
 
-def embed(content: bytes, kind: str) -> str:
-    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+def embed(content: bytes, kind: str, title: str) -> str:
+    return f'<img alt="{title}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def missing(name: str) -> str:
     return f"<p>There is no {name} in the run folder: see docs/fault_tolerance.md for what writes it.</p>"
-
-
-def html_table(rows: list[tuple]) -> str:
-    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def settings_table(config: dict) -> str:
@@ -204,18 +200,16 @@ def settings_table(config: dict) -> str:
     origin = config["origin"]
     names = sorted(origin, key=lambda name: origin[name] in ("default", "model family"))
     rows = [(settings.flag_of(name), config[name], origin[name]) for name in names]
-    return html_table(rows + [(name, version, "version") for name, version in config["versions"].items()])
+    rows += [(name, version, "version") for name, version in config["versions"].items()]
+    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
-def scores_table(results: dict) -> str:
-    """The main score of each task in points of 100, and its change with the standard error."""
-    rows, titles = [("held-out", "n", "before", "after", "change")], {name: row for row, name in ROWS.items()}
-    for task in (task for task in results["before"] if task in results["change"]):
-        key, part = "mean_iou" if task in ("cue", "find") else "accuracy", results["change"][task]
-        points = [f"{100 * results[when][task][key]:.1f}" for when in ("before", "after")]
-        change = f"{100 * part['change']:+.1f} ± {100 * part['standard_error']:.1f}"
-        rows.append((titles[task], part["n"], *points, change))
-    return html_table(rows)
+def scores_table(folder: Path) -> str:
+    """The table of scores, in points of 100, as the run has printed it and as the model card has it."""
+    card = folder / "adapter" / "README.md"
+    found = card.exists() and re.search(r"^held-out .*?(?=^```)", card.read_text("utf-8"), re.M | re.S)
+    return f"<pre>{escape(found[0])}</pre>" if found else missing("adapter/README.md")
 
 
 def group_section(line: dict, cues: Cues | None) -> str:
@@ -225,7 +219,7 @@ def group_section(line: dict, cues: Cues | None) -> str:
         boxes, file = [(pictures.line_name(row["advantage"]), row["box"]) for row in ranked], io.BytesIO()
         drawing = pictures.draw_numbered_boxes(cues[line["cue"]], boxes, 480)
         drawing.save(file, "JPEG", quality=88, subsampling=0)
-        image = embed(file.getvalue(), "jpeg")
+        image = embed(file.getvalue(), "jpeg", "the image with the box of each completion")
     for row in ranked:
         values = "advantage {advantage:+.2f}, reward {total:.2f} (IoU {iou:.2f}, format {format:.0f})"
         style = "better" if row["advantage"] > 0 else ""
@@ -239,8 +233,7 @@ def page(folder: Path) -> str:
 
     Where the data of the run is missing or has changed, the page has no image of a cue.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    problem, results = "", folder / "results.json"
+    config, problem = json.loads((folder / "config.json").read_text(encoding="utf-8")), ""
     try:
         cues, heldout_cues, files = open_run_cues(Config(**settings.stored_flags(config)))
         if change := run_folder.first_change((folder / "inputs.json").read_text(encoding="utf-8"), files):
@@ -252,10 +245,9 @@ def page(folder: Path) -> str:
     parts = {"name": escape(folder.resolve().name), "settings": settings_table(config)}
     steps = len(read_lines(folder / "metrics.jsonl"))
     summary = f"{steps} of {config['steps']} steps of {config['task']}: {config['model']} on {config['data']}"
-    scores = scores_table(json.loads(results.read_bytes())) if results.exists() else missing(results.name)
-    parts |= {"summary": escape(summary), "scores": scores}
+    parts |= {"summary": escape(summary), "scores": scores_table(folder)}
     for name, pattern in IMAGES.items():
-        found = [embed(path.read_bytes(), path.suffix[1:]) for path in sorted(folder.glob(pattern))]
+        found = [embed(path.read_bytes(), path.suffix[1:], name) for path in sorted(folder.glob(pattern))]
         parts[name] = "".join(found) or missing(pattern)
     groups = [group_section(line, cues) for line in read_lines(folder / "completions.jsonl")]
     parts["groups"] = problem + ("".join(groups) or missing("completions.jsonl"))

@@ -178,7 +178,7 @@ def draw_curve(history: list[dict], path: Path) -> None:
 def draw_frame(cues: list[Cue], first: dict, now: dict, num_closer: int) -> Image.Image:
     """The sheet of one evaluation: a row for each cue, with its crop, its image and its IoU."""
     title = f"Held-out cues 0 to 7: {num_closer} of the eight close in, that is, their IoU after the last "
-    title += "evaluation is above that after the first. A row: the crop to find, its image, the IoU."
+    title += f"evaluation is above that at first, after {first['step'] + 1} steps. A row: crop, image, IoU."
     scores = f"After {now['step'] + 1} steps: mean IoU {mean(now['ious']):.3f} over {len(now['ious'])} cues"
     rows = [text_block(title, 480), legend(["ground truth", "prediction"]), text_block(scores, 480, 18)]
     for i, cue in enumerate(cues):

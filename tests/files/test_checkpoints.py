@@ -402,8 +402,12 @@ def refusals_of_programs(folder: Path, *commands: list[str], reachable: bool = T
         subprocess.Popen([sys.executable, ROOT / program, *flags, "--out", "run"], **kwargs)
         for program, *flags in commands
     ]
-    sentences = [program.communicate(timeout=60)[1] for program in programs]
-    server.shutdown()
+    try:
+        sentences = [program.communicate(timeout=60)[1] for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+        server.shutdown()
     assert [program.returncode for program in programs] == [2] * len(programs), sentences
     assert all(sentence.count("\n") == 1 for sentence in sentences), sentences
     assert not (folder / "run").exists()
@@ -417,7 +421,7 @@ def test_gated_and_unknown_ids_are_one_sentence(reachable, tmp_path):
     for name, sentence in zip(names, refusals_of_programs(tmp_path, *commands, reachable=reachable)):
         assert sentence.startswith(f"--model {name} cannot be loaded: ")
         assert ("hf auth login" if reachable else "connect once") in sentence
-    assert bool(Hub.requests) == reachable
+        assert any(name in path for path in Hub.requests) == reachable
 
 
 def test_a_hub_model_without_cuda_is_refused_before_anything_is_downloaded(tmp_path):

@@ -102,7 +102,8 @@ def test_a_stopped_run_ends_with_the_same_drawings(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert stopped.value.code == 130
     page = report(folder, monkeypatch)
-    assert "4 of 5 steps" in page and "There is no results.json" in page, "a report of a run that is stopped"
+    # A report of a run that is stopped.
+    assert "4 of 5 steps" in page and "There is no adapter/README.md" in page
     for checkpoint in sorted(folder.glob("checkpoints/*"))[1:]:
         checkpoint.rename(folder / checkpoint.name)
     with (folder / "completions.jsonl").open("a") as file:

@@ -29,8 +29,8 @@ HOSTILE = (
     '"><style>body { display: none }</style>&lt;b&gt; $name ${groups} $$ \u202e\x00\x07 \U0001f600',
     "w" * 3000,
 )
-FILES = ("results.json", "before_after.png", "completions.jsonl")
-SCORES = {"cue": {"mean_iou": 0.125}, "questions": {"accuracy": 0.5}, "cue_by_size": {}}
+FILES = ("adapter/README.md", "before_after.png", "completions.jsonl")
+TABLE = "held-out      n  before  after       change\ncue <search>  40    12.5   37.5  +25.0 ± 12.5\n"
 
 
 def completion_of(text: str, advantage: float) -> dict:
@@ -52,9 +52,8 @@ def folder(tmp_path) -> Path:
     write_lines(folder / "completions.jsonl", lines)
     boxes = {"boxes": [(10, 20, 60, 70)] * 50, "ious": [0.5] * 50}
     write_lines(folder / "evaluations.jsonl", [{"step": step} | boxes for step in (0, 2)])
-    part = {"change": 0.25, "standard_error": 0.125, "n": 40}
-    change = {task: part for task in ("cue", "questions", "find")}
-    (folder / "results.json").write_text(json.dumps({"before": SCORES, "after": SCORES, "change": change}))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "README.md").write_text(f"# Card\n\n```\n{TABLE}```\n\n```python\nx\n```\n")
     (folder / "scenes-1").mkdir()
     for name in ("before_after.png", "scenes-1/attention.png"):
         Image.new("RGB", (1280, 300), "#123456").save(folder / name)
@@ -88,9 +87,9 @@ def test_hostile_completions_are_text(folder):
     write_report(folder)
     page = Page(folder / "report.html")
     assert page.count("script") == page.count("style") == 1 and page.count("section") == 3
-    assert page.count("li") == page.count("pre") == 3 * len(HOSTILE)
+    assert page.count("li") == page.count("pre") - 1 == 3 * len(HOSTILE)
     raw = (folder / "report.html").read_text(encoding="utf-8")
-    shown = re.findall(r"<pre>(.*?)</pre>", raw, re.DOTALL)
+    _, *shown = re.findall(r"<pre>(.*?)</pre>", raw, re.DOTALL)  # the first is the table of scores
     assert [unescape(text) for text in shown] == 3 * list(HOSTILE)
     assert not [text for text in shown if "<" in text]
     assert all(name in ("meta", "script", "style") or "onerror" not in given for name, given in page.tags)
@@ -112,10 +111,7 @@ def test_what_was_set_by_hand_and_the_scores_are_on_the_page(folder):
     write_report(folder)
     cells = Page(folder / "report.html").texts["td"]
     assert cells[:9] == ["--out", str(folder), "flag", "--steps", "3", "flag", "--lr", "0.25", "flag"]
-    start = cells.index("cue search (IoU)")
-    assert cells[start : start + 5] == ["cue search (IoU)", "40", "12.5", "12.5", "+25.0 ± 12.5"]
-    assert cells[start + 5 : start + 10] == ["questions", "40", "50.0", "50.0", "+25.0 ± 12.5"]
-    assert "find by text (IoU)" not in cells, "photos have cue search alone"
+    assert Page(folder / "report.html").texts["pre"][0] == TABLE
 
 
 @pytest.mark.parametrize("name", [*FILES, "metrics.jsonl", "evaluations.jsonl", "scenes-1"])
@@ -144,11 +140,11 @@ def test_groups_without_their_photos_keep_their_completions(folder, tmp_path):
         change()
         write_report(folder)
         page = Page(folder / "report.html")
-        assert page.count("img") == 3 and page.count("pre") == 3 * len(HOSTILE)
+        assert page.count("img") == 3 and page.count("pre") == 1 + 3 * len(HOSTILE)
         assert "Images are left out." in "".join(page.texts["p"])
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "completions.jsonl", "results.json"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "completions.jsonl"])
 @pytest.mark.parametrize("content", ["[]\n", '{"step": 1}\n', "no JSON\n", "\xff\n"])
 def test_a_damaged_file_is_one_sentence(name, content, folder):
     if name == "metrics.jsonl" and content.startswith(("{", "[")):
@@ -158,13 +154,14 @@ def test_a_damaged_file_is_one_sentence(name, content, folder):
         write_report(folder)
 
 
-@pytest.mark.parametrize("arguments", [["report"], ["report", "nothing"], ["report", "."]])
+@pytest.mark.parametrize("arguments", [["nothing"], ["."], []])
 def test_a_folder_without_a_run_is_one_sentence(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "report", *arguments])
     with pytest.raises(SystemExit) as stopped:
         eval_module.main()
-    assert stopped.value.code == 2 and "config.json: no such file" in capsys.readouterr().err
+    problem = "config.json: no such file" if arguments else "eval.py report needs the folder of a run"
+    assert stopped.value.code == 2 and problem in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- in a browser
