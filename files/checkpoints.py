@@ -77,7 +77,8 @@ def check_files(folder: Path, names: Iterable[str], flag: str = "--model") -> No
                     raise ValueError("it holds FP8 weights: give the model in 16 bits")
         except (OSError, ValueError, SafetensorError) as error:
             text = f"{path.name} cannot be read ({getattr(error, 'strerror', None) or str(error)[:90]})"
-            remedy = "download it again" + ", or save it as safetensors" * (path.suffix == ".safetensors")
+            remedy = "give an adapter, as runs/NAME/adapter" if flag == "--adapter" else "download it again"
+            remedy += ", or save it as safetensors" * (path.suffix == ".safetensors")
             raise refusal(folder, f"{text}; {remedy}", flag) from None
 
 

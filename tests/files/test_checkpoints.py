@@ -581,6 +581,11 @@ def test_a_damaged_adapter_is_refused(content, sound, tmp_path):
         load_adapter(load(sound), tmp_path / "adapter")
 
 
+def test_the_folder_of_a_run_is_no_adapter(sound, tmp_path):
+    with pytest.raises(UserError, match=r"adapter_config.json cannot be read .*, as runs/NAME/adapter"):
+        load_adapter(load(sound), tmp_path)
+
+
 def test_an_adapter_of_another_kind_is_refused(sound, tmp_path):
     save_adapter(tmp_path / "adapter", sound)
     edit_adapter(tmp_path / "adapter", dict, peft_type="IA3")
