@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from programs import Program
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import eval as eval_module
@@ -36,13 +36,21 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+RUNS = {}
+
+
+def start_early_programs() -> None:
+    RUNS["folder"] = folder = programs.new_folder()
+    RUNS["first"] = programs.EARLY.submit(launch, "locus_mini.py", "--out", "first", *SMALL, cwd=folder)
+    RUNS["again"] = programs.start_early("--out", folder / "again", *SMALL)
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def run() -> tuple[Path, subprocess.CompletedProcess]:
     """One small run of the main program, started from another folder as a user would."""
-    folder = tmp_path_factory.mktemp("run")
-    done = launch("locus_mini.py", "--out", "first", *SMALL, cwd=folder)
+    done = RUNS["first"].result()
     assert done.returncode == 0, done.stderr
-    return folder / "first", done
+    return RUNS["folder"] / "first", done
 
 
 def test_a_run_writes_the_files_that_the_readme_names(run):
@@ -103,10 +111,10 @@ def test_results_have_their_keys(run):
     assert set(results["change"]["cue"]) == {"change", "standard_error", "n"}
 
 
-def test_the_same_seed_repeats_bit_for_bit(run, tmp_path):
+def test_the_same_seed_repeats_bit_for_bit(run):
     folder, _ = run
-    again = tmp_path / "again"
-    assert Program("--out", again, *SMALL).wait() == 0
+    RUNS["again"].result()
+    again = RUNS["folder"] / "again"
 
     def metrics(path: Path) -> list[dict]:
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from programs import Program
+from programs import new_folder, start_early
 from random_models import random_policy
 
 from data import CueConfig, scene_cues
@@ -41,14 +41,19 @@ def head_of(card: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
 
 
+EARLY = {}
+
+
+def start_early_programs() -> None:
+    EARLY["folder"] = new_folder() / "my-run"
+    EARLY["run"] = start_early("--out", EARLY["folder"], *FLAGS)
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run() -> Path:
     """The folder of a small run of the program."""
-    folder = tmp_path_factory.mktemp("runs") / "my-run"
-    process = Program("--out", folder, *FLAGS)
-    assert process.wait() == 0, process.stderr
-    (folder / "printed.txt").write_text(process.stdout)
-    return folder
+    (EARLY["folder"] / "printed.txt").write_text(EARLY["run"].result().stdout)
+    return EARLY["folder"]
 
 
 @pytest.fixture(scope="module")
