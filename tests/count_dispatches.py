@@ -3,8 +3,8 @@
     python tests/count_dispatches.py [--layers 36]
 
 A GPU spends a decoding step on launching kernels, so their number decides how long it takes. Every operator
-that PyTorch dispatches is counted once, as a GPU would see it; views are counted apart, because they launch
-nothing. (RMSNorm is several operators on a CPU and one kernel on a GPU.) The count depends on the layers of a
+that PyTorch dispatches is counted, as a GPU would see it: views too, although they launch nothing; RMSNorm is
+the one kernel that it is there (a CPU computes it in seven operators). The count depends on the layers of a
 model and not on their width, so a model of Qwen2.5-VL-3B's shape with miniature layers has that of the full
 size; two layers of full width check it.
 """
@@ -59,6 +59,12 @@ class OperatorCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def rms_norm_kernel(x: torch.Tensor, shape: list[int], weight: None, eps: float) -> tuple[torch.Tensor, ...]:
+    """Stands in for a GPU's kernel of RMSNorm: a CPU has none."""
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x * scale).to(x.dtype), scale
+
+
 def build_policy(folder: Path, layers: int, miniature: bool = True) -> Policy:
     """A policy of random weights in bf16 and 4 bit, with an adapter and completions that never stop."""
     overrides = dict(num_hidden_layers=layers, vocab_size=512)
@@ -73,7 +79,8 @@ def count_step(policy: Policy, fused: bool) -> Counter[str]:
     batch, counts = collate(policy, prompts), []
     for num_tokens in (3, 4):
         decode: Callable = FusedDecoder(policy, 8, num_tokens) if fused else run_text
-        with OperatorCounter() as counter:
+        with torch.library._scoped_library("aten", "IMPL") as library, OperatorCounter() as counter:
+            library.impl("_fused_rms_norm", rms_norm_kernel, "CPU")
             rollout(policy, batch, 8, num_tokens, torch.Generator().manual_seed(0), decode)
         counts.append(counter.counts)
     return counts[1] - counts[0]
@@ -97,7 +104,7 @@ def main() -> None:
         full = [count_step(build_policy(Path(temp) / f"full{n}", n, False), True) for n in (1, 2)]
     same = small[1] - small[0] == full[1] - full[0] and small[0] == full[0]
     print(f"a layer of full width calls {'the same operators' if same else full[1] - full[0]}")
-    assert same and launches(fused) <= LIMIT
+    assert same and fused.total() <= LIMIT
 
 
 if __name__ == "__main__":

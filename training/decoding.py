@@ -70,28 +70,27 @@ class FusedLayer:
         self.out, self.down = JointLinear(dtype, attention.o_proj), JointLinear(dtype, mlp.down_proj)
         self.gate_up = JointLinear(dtype, mlp.gate_proj, mlp.up_proj)
 
-    def __call__(self, x: Tensor, rotary: tuple, mask: Tensor, newest: Tensor, cache: tuple) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, new: Tensor, past: tuple) -> Tensor:
         """Hidden states [N, H] before the layer to those after it.
 
-        rotary: cosine and sine of the rotary embedding, the sine with its sign, [B, G, 1, D] each.
-        mask: additive, [B, 1, G·A/K, L]. cache: the layer's keys and values, [B, K, L, D] each; newest: its
+        cos, sin: of the rotary embedding, the sine with its sign, [B, G, A + 2K, D] each.
+        mask: additive, [B, 1, G·A/K, L]. past: the layer's keys and values, [B, K, L, D] each; new: its
         columns of this step, keys and values side by side, [B, G, 2K, D], which are written here.
         """
-        (B, G, _, D), K, attention = newest.shape, newest.shape[2] // 2, self.layer.self_attn
-        cos, sin = rotary
+        (B, G, _, D), K, attention = new.shape, new.shape[2] // 2, self.layer.self_attn
         heads = self.qkv(rms_norm(x, self.layer.input_layernorm)).view(B, G, -1, D)  # [B, G, A + 2K, D]
         num_heads = heads.shape[2] - 2 * K  # A
-        heads, value = heads.split([num_heads + K, K], 2)  # [B, G, A + K, D] and [B, G, K, D]
         if hasattr(attention, "q_norm"):  # Qwen3-VL
-            query, key = heads.split([num_heads, K], 2)
-            heads = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], 2)
-        # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x.
-        heads = heads * cos + heads.roll(D // 2, -1) * sin
-        query, key = heads.split([num_heads, K], 2)
-        torch.cat([key, value], 2, out=newest)
+            query, key, value = heads.split([num_heads, K, K], 2)
+            heads = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm), value], 2)
+        # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x. Values do not
+        # rotate: of them cos is 1 and sin is 0, so that all heads, and the cache's new columns, are one call.
+        heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
+        query, keys_and_values = heads.split([num_heads, 2 * K], 2)
+        new.copy_(keys_and_values)
         # Queries of heads that share keys become rows of one head: its keys are read once for all of them.
         query = query.view(B, G, K, -1, D).transpose(1, 2).reshape(B, K, -1, D)  # [B, K, G·A/K, D]
-        out = F.scaled_dot_product_attention(query, *cache, mask, scale=attention.scaling)
+        out = F.scaled_dot_product_attention(query, *past, mask, scale=attention.scaling)
         x = x + self.out(out.view(B, K, G, -1, D).transpose(1, 2).reshape(B * G, -1))
         gate, up = self.gate_up(rms_norm(x, self.layer.post_attention_layernorm)).chunk(2, 1)
         return x + self.down(self.layer.mlp.act_fn(gate) * up)
@@ -124,6 +123,10 @@ class FusedDecoder:
         is_visible = F.pad((segment_ids == 0).to(policy.base_model.dtype), (0, L - P))  # [B, L]
         self.mask = is_visible.log()[:, None, None].repeat(1, 1, self.G * share, 1)  # [B, 1, G·A/K, L]
         self.own_column = torch.eye(self.G).log().to(self.mask).repeat_interleave(share, 0)  # [G·A/K, G]
+        # The sine of each head: −, + for the halves of queries and keys, 0 for values, which do not rotate.
+        head = torch.tensor([-1.0, 1.0]).repeat_interleave(attention.head_dim // 2)  # [D]
+        self.sine_sign = F.pad(head.expand(K * (share + 1), -1), (0, 0, 0, K)).to(self.mask)  # [A + 2K, D]
+        self.is_value = self.sine_sign == 0  # [A + 2K, D]
         # Zeros, not empty: a hidden column counts 0 times its value, which must not be NaN.
         self.cache = self.mask.new_zeros(len(self.layers), B, L, 2 * K, attention.head_dim)
         for i in range(0, B, PROMPTS_PER_PASS):
@@ -143,13 +146,12 @@ class FusedDecoder:
         # Kernels want a multiple of 8 columns. The mask hides those that are not written yet.
         L = -(-length // 8) * 8
         mask, cache = self.mask[..., :L], self.cache[:, :, :L]  # [B, 1, G·A/K, L], [layers, B, L, 2K, D]
-        x = self.text.embed_tokens(input_ids)  # [B, G, H]
+        x = self.text.embed_tokens(input_ids.flatten())  # [N, H]
         cos, sin = (part[:, :, None] for part in self.text.rotary_emb(x, position_ids))  # [B, G, 1, D] each
-        first, second = sin.chunk(2, -1)
-        x, rotary = x.flatten(0, 1), (cos, torch.cat([-first, second], -1))  # [N, H]
+        cos, sin = cos.masked_fill(self.is_value, 1), sin * self.sine_sign  # [B, G, A + 2K, D] each
         keys, values = cache.transpose(2, 3).chunk(2, 2)  # [layers, B, K, L, D] each
         # Views of all layers at once: a view launches nothing, but takes Python as long as a launch.
         views = zip(self.cache[:, :, columns], zip(keys, values, strict=True), strict=True)
-        for layer, (newest, layer_cache) in zip(self.layers, views, strict=True):
-            x = layer(x, rotary, mask, newest, layer_cache)
+        for layer, (new, layer_cache) in zip(self.layers, views, strict=True):
+            x = layer(x, cos, sin, mask, new, layer_cache)
         return rms_norm(x, self.text.norm).view(*input_ids.shape, -1)

@@ -42,8 +42,8 @@ CONTEXT = 0.6  # GB of a card that CUDA itself and its kernels take, roughly
 TEXT_TOKENS = 128  # of a prompt, roughly; the rest are image tokens
 MEAN_LENGTH = 0.5  # of --max-new-tokens that a completion has on average: an assumption
 # Operations that PyTorch dispatches for a pass of a text layer with LoRA in 4 bit: by run_text, and by the
-# fused layers that decode a rollout (tests/count_dispatches.py: 3,433 and 1,662 at 36 layers, on a CPU).
-LAYER_CALLS, FUSED_CALLS = 3433 / 36, 1662 / 36
+# fused layers that decode a rollout (tests/count_dispatches.py: 3,434 and 1,189 at 36 layers, without views).
+LAYER_CALLS, FUSED_CALLS = 3434 / 36, 1189 / 36
 CALL_SECONDS = 15e-6  # Python's time for each: an assumption, 10 to 20 µs on most hosts
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.5  # of the data sheet that real kernels reach: an assumption
 
