@@ -20,7 +20,7 @@ class UserError(Exception):
 def require_file(flag: str, path: Path | None, folder: bool = False) -> None:
     """UserError unless the file (or the folder) that a flag names exists; None passes."""
     if path is not None and not (path.is_dir() if folder else path.exists()):
-        raise UserError(f"{flag} {path}: no such {'folder' if folder else 'file'}.")
+        raise UserError(f"{flag} {path}: no such {'folder' if folder else 'file'}: check the path.")
 
 
 def model_folder(name: str) -> str:
