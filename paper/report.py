@@ -57,11 +57,10 @@ def attempt_table(attempts: list[dict[str, Any]]) -> str:
     """The lines of docs/attempts.jsonl: what was tried, and changes on tiny objects ± one standard error."""
     names, lines = [f"questions_{kind}_tiny" for kind in KINDS] + ["cue_tiny"], []
     for line in attempts:
-        settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
-        changes = [line["figures"][name] for name in names]
-        cells = [f"{entry['change']:+.1f} ± {entry['error']:.1f}" for entry in changes]
-        start = [line["note"], line["base"][:8], settings]
-        lines.append([*start, *cells, f"{line['kl']:.3f}", str(line["seconds"])])
+        settings = ", ".join([line["variant"], *(f"{k} {v}" for k, v in line["settings"].items())])
+        cells = ["{change:+.1f} ± {error:.1f}".format_map(line["figures"][name]) for name in names]
+        cells += [f"{line['kl']:.3f}", str(line["seconds"])]
+        lines.append([line["note"], line["base"][:8], settings, *cells])
     return markdown_table(["attempt", "base", "settings", *names, "KL", "seconds"], lines)
 
 

@@ -2,7 +2,7 @@
 
     python -m paper.reproduce --base-b FOLDER    all rows on both bases (4 hours on 2 cores), into paper/
     python -m paper.reproduce --quick            the same in minutes, too short to mean anything: runs/quick/
-    python -m paper.reproduce --attempt "why" [--base-a FOLDER] [flags of locus_mini.py]
+    python -m paper.reproduce --attempt "why" [--base-a FOLDER] [--variant NAME] [flags of locus_mini.py]
                                                  one training run, measured on development seeds and scenes
 
 Base A is tiny/model, base B is what `python -m tiny.build --out FOLDER --seed 1` makes; protocol.json names
@@ -138,12 +138,12 @@ def run_row(row: Row) -> dict[str, Any]:
 # ---------------------------------------------------------------- one attempt
 
 
-def attempt(note: str, model: str, flags: dict[str, Any]) -> dict[str, Any]:
+def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[str, Any]:
     """One attempt at moving questions, measured on development seeds and scenes: a line of attempts.jsonl.
 
-    Every attempt is kept, good or bad, and RESULTS.md shows them all. None sees the seeds and scenes that
-    protocol.json keeps for the run that decides. Its figures are in points: before, and the change with its
-    standard error.
+    With another variant than LOCUS it is a trial of a control's settings. Every attempt is kept, good or
+    bad, and RESULTS.md shows them all. None sees the seeds and scenes that protocol.json keeps for the run
+    that decides. Its figures are in points: before, and the change with its standard error.
     """
     protocol = verdicts.read_json(verdicts.HERE / "protocol.json")
     development, weights = protocol["development"], sha256(Path(model) / "model.safetensors")
@@ -153,14 +153,14 @@ def attempt(note: str, model: str, flags: dict[str, Any]) -> dict[str, Any]:
     if taken := {*seeds} & {*protocol["seeds"]}:
         raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")
     settings, contents = {"steps": protocol["steps"]} | flags, []
-    for run_flags in ({"steps": 0}, *(settings | {"seed": seed} for seed in seeds)):
+    for name, run_flags in (("locus", {"steps": 0}), *((variant, settings | {"seed": s}) for s in seeds)):
         # Its folder is named by all that a run depends on, so no run is made twice.
-        parts = (weights, str(sorted(run_flags.items())), str(development["measured"]))
+        parts = (weights, name, str(sorted(run_flags.items())), str(development["measured"]))
         folder = RUNS / "attempts" / fingerprint(map(str.encode, parts))
-        row = Row(model, "locus", run_flags, development["measured"], folder, folder / "row.json.gz")
+        row = Row(model, name, run_flags, development["measured"], folder, folder / "row.json.gz")
         contents.append(run_row(row))
     base, *runs = contents
-    line = {"note": note, "commit": runs[0]["versions"]["commit"], "base": weights}
+    line = {"note": note, "commit": runs[0]["versions"]["commit"], "base": weights, "variant": variant}
     line |= {"settings": settings, "seeds": seeds, "seconds": sum(run["seconds"] for run in runs)}
     line |= {"kl": round(mean(run["kl"]["all"] for run in runs), 4), "figures": {}}
     for key in runs[0]["samples"]:
@@ -227,15 +227,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
     parser.add_argument("--jobs", type=one_or_more, default=2, help="rows at a time, a core each (default 2)")
     parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
+    parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of an attempt (default locus)")
     args, rest = parser.parse_known_args()
     with exit_on_error():
         if args.attempt is not None:
             if args.quick or args.base_b:
                 parser.error("--attempt makes one run on --base-a: leave --quick and --base-b out")
-            line = attempt(args.attempt, model_folder(args.base_a), read_flags(__doc__, rest))
+            line = attempt(args.attempt, model_folder(args.base_a), args.variant, read_flags(__doc__, rest))
             return print(json.dumps(line, indent=2))
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest or args.variant != "locus":
+            parser.error(f"{' '.join(rest) or '--variant'}: only --attempt takes settings of a run, add it")
         models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}
         protocol, out = open_protocol(models, args.quick)
         run_rows(rows_of(protocol, models, out), args.jobs)

@@ -19,7 +19,7 @@ def lines(folder, monkeypatch) -> list[str]:
     }
     figures |= {f"questions_{kind}_tiny": figures["cue_tiny"] for kind in ("detail", "shape", "place")}
     line = {"note": "more twins", "commit": "abc", "base": "0123456789", "seeds": [0]}
-    line |= {"settings": {"beta": 0.02}, "kl": 0.1, "seconds": 60, "figures": figures}
+    line |= {"variant": "locus", "settings": {"beta": 0.02}, "kl": 0.1, "seconds": 60, "figures": figures}
     (folder / "attempts.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(verdicts, "ATTEMPTS", folder / "attempts.jsonl")
     report.write(folder)
@@ -47,7 +47,7 @@ def test_every_row_claim_rule_and_attempt_is_in_the_report(folder, lines):
     for claim in protocol["claims"] + protocol["not_testable"]:
         assert sum(line.startswith(f"| {claim['title']} |") for line in lines) == 1
     assert all(part in text for part in (*protocol["rules"], verdicts.sha256(folder / "protocol.json")))
-    assert "| more twins | 01234567 | beta 0.02 | +1.2 ± 0.5 |" in text
+    assert "| more twins | 01234567 | locus, beta 0.02 | +1.2 ± 0.5 |" in text
     assert not re.search(r"\{\w", text), "a field of the template was left"
 
 

@@ -132,10 +132,16 @@ def test_other_weights_than_the_protocols_are_refused(base, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--jobs", "0"], "--jobs: 0"), (["--base-b", "none"], "none"), (["--base-c", "x"], "--base-")],
+    [
+        ("--jobs 0", "--jobs: 0"),
+        ("--base-b none", "none"),
+        ("--base-c x", "--base-"),
+        ("--variant sft", "--variant: only --attempt"),
+        ("--lr 1", "--lr 1: only --attempt"),
+    ],
 )
 def test_flags_that_make_no_sense_are_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments.split()])
     with pytest.raises(SystemExit) as stopped:
         reproduce.main()
     assert stopped.value.code == 2 and message in capsys.readouterr().err
@@ -180,11 +186,11 @@ def test_quick_rows_become_a_report_that_can_be_checked(base, tmp_path, short_pr
 
 
 def test_an_attempt_is_a_line_with_its_figures(base, tmp_path, short_protocol, monkeypatch, capsys):
-    flags = ["--prompts", "2", "--num-generations", "2", "--beta", "0.5"]
+    flags = ["--variant", "random", "--prompts", "2", "--num-generations", "2", "--beta", "0.5"]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--attempt", "a try", "--base-a", str(base), *flags])
     reproduce.main()
     (line,) = map(json.loads, verdicts.ATTEMPTS.read_text().splitlines())
-    assert line["note"] == "a try" and line["seeds"] == [0]
+    assert line["note"] == "a try" and line["seeds"] == [0] and line["variant"] == "random"
     assert line["settings"] == {"steps": 1, "prompts": 2, "num_generations": 2, "beta": 0.5}
     assert line["base"] == verdicts.sha256(base / "model.safetensors")
     assert {"kl", "seconds", "commit"} <= line.keys()
