@@ -3,7 +3,7 @@
     python -m tiny.build --out FOLDER [--seed 0] [--steps-per-stage K]
 
 Stages, each for its number of steps (all of K, to try it out):
-1. vision: for each image token the vision tower learns which object has its centre there, of any size;
+1. vision: for each image token the vision tower learns which object is there, of any size;
 2. words: the tower is frozen, and the text model learns to name what a crop shows, shapes and details;
 3. boxes: mostly where objects are, still mostly in scenes of few objects;
 4. crowds: the same with more scenes of many objects, while the learning rate falls.
@@ -13,6 +13,7 @@ images. That is where it is weak: where its training is thin. Cue search, which 
 What differs from a typical pretraining script:
 - The tokens of an image are computed once, by the frozen tower, and shared by every turn about it.
 - Eight turns (a question and its answer) about one scene are packed in one row, laid out as a GRPO group is.
+- Where a thought has named an object, a throw-away head reads its box off that token, as off an image token.
 - Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes.
 """
 
@@ -122,17 +123,12 @@ def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor
     return tokens.view(n, -1, tokens.shape[-1])
 
 
-def objects_by_cell(drawn: tuple[Scene, ...]) -> dict[int, SceneObject]:
-    """The object whose centre a cell holds, by the cell's index among the 64 of every scene.
-
-    Of two centres in a cell, the one nearer to the cell's middle counts.
-    """
-    found: dict[int, SceneObject] = {}
-    for i, scene in enumerate(drawn):
-        for scene_object in sorted(scene.objects, key=lambda o: sum(abs(v % 32 - 16) for v in o.centre)):
-            x, y = scene_object.centre
-            found.setdefault(CELLS * i + int(y // 32) * (SIDE // 32) + int(x // 32), scene_object)
-    return found
+def object_in_cell(scene: Scene, cell: int) -> SceneObject | None:
+    """The object that covers most of a cell, of those that fill a quarter of it or have a quarter there."""
+    x, y = scenes.CELL * (cell % (SIDE // scenes.CELL)), scenes.CELL * (cell // (SIDE // scenes.CELL))
+    window, fraction = (x, y, x + scenes.CELL, y + scenes.CELL), scenes.visible_fraction
+    shown = [o for o in scene.objects if max(fraction(o.box, window), fraction(window, o.box)) >= 0.25]
+    return max(shown, key=lambda o: fraction(window, o.box), default=None)
 
 
 def is_salient(scene_object: SceneObject) -> bool:
@@ -140,17 +136,21 @@ def is_salient(scene_object: SceneObject) -> bool:
     return scene_object.size != "tiny"
 
 
-def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> tuple[str, list]:
+def draw_turn(
+    rng: random.Random, example: Example, turns: dict[str, float]
+) -> tuple[str, list, int, SceneObject | None]:
     """A turn about an example: its text, prompt and answer, and the tokens [cells, H] of each of its images.
 
-    turns: how often a turn is of each kind.
+    Also the number of words with which its thought begins that name an object, and that object; 0 words where
+    the prompt names none. turns: how often a turn is of each kind.
     """
-    scene, scene_tokens, crops = example
+    (scene, scene_tokens, crops), words, scene_object = example, 0, None
     salient, images = [o for o in scene.objects if is_salient(o)], [scene_tokens]
     kind = rng.choices(list(turns), list(turns.values()))[0]
     possible = [q for q in scenes.questions(scene) if q.kind == kind and is_salient(q.evidence)]
     if possible:
         q = rng.choice(possible)
+        words, scene_object = 2, q.evidence
         # The thought starts with the words that the question gives, and ends with what the answer needs.
         thought = q.evidence.name + FRAME.to_text(q.evidence.box) * (kind == "place")
         text, answer = q.text, f" {q.answer}"
@@ -162,14 +162,15 @@ def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> 
         if with_crop := rng.random() < 1 / 3:
             images.append(rng.choice(crops)[1])
         text = PROMPTS["short"]["text"].format(text=name + " in Image 1" * with_crop)
-        thought, answer = name, FRAME.to_text(scene_object.box)
+        thought, answer, words = name, FRAME.to_text(scene_object.box), len(name.split())
     else:  # name, which also replaces a turn that this scene does not have
         scene_object, crop_tokens = rng.choice(crops)
         images.append(crop_tokens)
         name = scene_object.description if rng.random() < 0.5 else scene_object.name
         text, thought, answer = PROMPTS["short"]["name"], name, f" {name}"
     prompt = f"{SCENE}{CROP * (len(images) - 1)}{text}<|im_end|>\n<|im_start|>assistant\n"
-    return f"{prompt}<think> {thought}</think><answer>{answer}</answer><|im_end|>", images
+    reply = f"<think> {thought}</think><answer>{answer}</answer><|im_end|>"
+    return prompt + reply, images, words, scene_object
 
 
 # ---------------------------------------------------------------- the build
@@ -184,7 +185,7 @@ class Build:
         self.seed, self.tokenizer, self.examples = seed, build_tokenizer(), {}
         self.steps = {name: steps_per_stage or stage.steps for name, stage in STAGES.items()}
         self.model = build_model(self.tokenizer)
-        heads = {"centre": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
+        heads = {"object": nn.Linear(128, 1), "coordinates": nn.Linear(128, 4), "digits": nn.Linear(128, 120)}
         self.heads = nn.ModuleDict(heads | {"core": nn.Linear(128, 128)})
         self.file = out.with_name(f"{out.name}-build") / "state.pt"
         settings = {"seed": seed, "steps": self.steps, "threads": THREADS}
@@ -231,34 +232,42 @@ class Build:
         self.save(accuracy=self.state["accuracy"] | {name: measure()})
         print(f"{name}, {num_steps} steps: {self.state['accuracy'][name]}")
 
+    def box_loss(self, tokens: Tensor, objects: list[SceneObject]) -> tuple[Tensor, float]:
+        """The loss of boxes that are read off tokens [N, H] of N objects, and their mean error in pixels.
+
+        Each box twice: in numbers, and digit by digit, as the text model has to write it.
+        """
+        boxes = torch.tensor([o.box for o in objects]) / SIDE  # [N, 4]
+        distance = (self.heads["coordinates"](tokens) - boxes).abs().mean()
+        units = (1000 * boxes).round().clamp(max=999).long()  # [N, 4]
+        digits = torch.stack([units // 100, units // 10 % 10, units % 10], -1).flatten()  # [N·4·3]
+        logits = self.heads["digits"](tokens).view(-1, 10)  # [N·4·3, 10]
+        return 10 * distance + 4 * F.cross_entropy(logits, digits), distance.item() * SIDE
+
     def vision_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
         """The loss of stage 1 on 16 scenes and two crops of each; also what the progress bar shows.
 
-        A token of a scene tells whether its cell holds a centre; if so, its object's box, colour, shape and
-        core too. A token of a crop tells colour, shape and core.
+        A token of a scene tells whether its cell shows an object; if so, its box, colour, shape and core too.
+        A token of a crop tells colour, shape and core.
         """
         visual, heads = self.model.model.visual, self.heads
         counts = (draw_count(rng, stage.few_share) for _ in range(16))
         drawn, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
-        # What each token should tell: first those of the K cells that hold a centre, then those of crops.
-        targets = objects_by_cell(drawn)
+        # What each token should tell: first those of the K cells that show an object, then those of crops.
+        cells = [object_in_cell(scene, cell) for scene in drawn for cell in range(CELLS)]
+        targets = {i: scene_object for i, scene_object in enumerate(cells) if scene_object}
         K, C = len(targets), 16 * CELLS
         shown, crops = zip(*[random_crop(rng, scene) for scene in drawn for _ in range(2)])
         targets |= {C + j: shown[j // CROP_CELLS] for j in range(32 * CROP_CELLS)}
         index = torch.tensor(list(targets))  # [K + 128]
         tokens = torch.cat([compute_image_tokens(visual, part).flatten(0, 1) for part in (images, crops)])
-        # The box twice: in numbers, and digit by digit, as the text model will have to write it.
-        centre_tokens = tokens[index[:K]]  # [K, H]
-        boxes = torch.tensor([o.box for o in targets.values()][:K]) / SIDE  # [K, 4]
-        distance = (heads["coordinates"](centre_tokens) - boxes).abs().mean()
-        units = (1000 * boxes).round().clamp(max=999).long()  # [K, 4]
-        digits = torch.stack([units // 100, units // 10 % 10, units % 10], -1).flatten()  # [K·4·3]
-        is_centre = torch.zeros(C).index_fill_(0, index[:K], 1.0)  # [16·64]
-        loss = F.binary_cross_entropy_with_logits(heads["centre"](tokens[:C])[:, 0], is_centre)
-        loss = loss + 10 * distance + 4 * F.cross_entropy(heads["digits"](centre_tokens).view(-1, 10), digits)
+        box_loss, pixels = self.box_loss(tokens[index[:K]], list(targets.values())[:K])
+        is_object = torch.zeros(C).index_fill_(0, index[:K], 1.0)  # [16·64]
+        loss = F.binary_cross_entropy_with_logits(heads["object"](tokens[:C])[:, 0], is_object)
+        loss = loss + box_loss
         # Words by the dot product with their own embeddings, so that the text model can read the tokens. Of
         # the core by way of a head: colour and core are words of one kind.
-        metrics = {"pixels": distance.item() * SIDE}
+        metrics = {"pixels": pixels}
         words = tokens[index]  # [K + 128, H]
         for kind, names in (("color", list(COLORS)), ("shape", SHAPES), ("core", list(COLORS))):
             ids = self.tokenizer.convert_tokens_to_ids([f"Ġ{name}" for name in names])
@@ -302,7 +311,7 @@ class Build:
         few = [rng.random() < stage.few_share for _ in range(batch)]
         drawn = [rng.choice(self.examples[is_few]) for is_few in few]
         examples = [example for example in drawn for _ in range(TURNS)]
-        texts, images = zip(*[draw_turn(rng, example, stage.turns) for example in examples])
+        texts, images, words, objects = zip(*[draw_turn(rng, example, stage.turns) for example in examples])
         # 1. Every turn by itself, behind its own copy of the scene.
         ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids  # [B·8, L]
         image_id, think_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<think>"])
@@ -315,18 +324,26 @@ class Build:
         segment_ids = torch.arange(2, TURNS + 2).repeat(batch)[:, None] * (ids != tokenizer.pad_token_id)
         is_first = torch.arange(batch * TURNS) % TURNS == 0  # [B·8]
         segment_ids[:, : len(tokenizer(SCENE).input_ids)] = is_first[:, None]  # [B·8, L]
-        # Columns of a token: id, segment, is it of the answer, and its three positions.
-        columns = torch.stack([ids, segment_ids, (ids == think_id).cumsum(1), *position_ids], -1)
-        rows = [row[row[:, 1] > 0] for row in columns.view(batch, -1, 6)]  # B × [tokens kept, 6]
-        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, K, 6]
-        ids, segment_ids, is_answer, *position_ids = rows.unbind(-1)  # [B, K] each
+        is_answer = (ids == think_id).cumsum(1)  # [B·8, L]
+        # A word is a token. Where no object is named there are 0 words, and no token ends a name.
+        number = torch.tensor(words)[:, None]  # [B·8, 1]
+        ends_name = (is_answer.cumsum(1) == number + 1) & (number > 0)  # [B·8, L]
+        # Columns of a token: id, segment, is it of the answer, does it end a name, and its three positions.
+        columns = torch.stack([ids, segment_ids, is_answer, ends_name, *position_ids], -1)
+        rows = [row[row[:, 1] > 0] for row in columns.view(batch, -1, 7)]  # B × [tokens kept, 7]
+        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, K, 7]
+        ids, segment_ids, is_answer, ends_name, *position_ids = rows.unbind(-1)  # [B, K] each
         features = torch.cat([f for i, turn in enumerate(images) for f in turn[i % TURNS > 0 :]])
         embeds = model.get_input_embeddings()(ids).masked_scatter((ids == image_id)[..., None], features)
         # As in a GRPO group, a turn sees the scene and itself: it learns what it would learn alone.
         kwargs = dict(attention_mask=group_mask(segment_ids - 1), position_ids=torch.stack(position_ids))
         labels = ids.masked_fill(is_answer == 0, -100)  # [B, K]
-        loss = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, **kwargs).loss
-        return loss, {"loss": loss.item()}
+        kwargs |= dict(labels=labels, use_cache=False, output_hidden_states=True)
+        output = self.model(inputs_embeds=embeds, **kwargs)
+        named = [o for o, number in zip(objects, words) if number]
+        box_loss, pixels = self.box_loss(output.hidden_states[-1][ends_name > 0], named)
+        # A tenth of it: what counts is what the model writes.
+        return output.loss + 0.1 * box_loss, {"loss": output.loss.item(), "pixels": pixels}
 
     @torch.no_grad()
     def measure_vision(self) -> dict[str, float]:
@@ -355,7 +372,7 @@ def run_build(build: Build, out: Path) -> None:
     build.train("vision", vision, build.vision_loss, build.measure_vision)
     build.start_language()
     build.draw_examples()
-    text = list(model.model.language_model.parameters())
+    text = [*model.model.language_model.parameters(), *build.heads.parameters()]
     for name in ("words", "boxes", "crowds"):
         build.train(name, text, build.turns_loss, build.measure_language)
     model.config.locus_family, model.generation_config.do_sample = "tiny", False

@@ -98,13 +98,13 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, name, monkeypatch):
 
     monkeypatch.setattr(tiny_build, "draw_turn", recorded_draw_turn)
     with build.model.register_forward_pre_hook(lambda *call: inputs.update(call[2]), with_kwargs=True):
-        loss, _ = build.turns_loss(random.Random("turns"), tiny_build.STAGES[name])
-    assert {len(images) for *_, images in turns} == {1, 2}
+        metrics = build.turns_loss(random.Random("turns"), tiny_build.STAGES[name])[1]
+    assert {len(images) for _, _, images, *_ in turns} == {1, 2}
     assert len(turns) == 8 * tiny_build.TURNS
     processor = Processor(build.tokenizer, architecture.build_image_processor(), FAMILIES["tiny"], "")
     policy = make_policy(build.model, processor, torch.device("cpu"))
     total, count = 0.0, 0
-    for i, (index, text, images) in enumerate(turns):
+    for i, (index, text, images, *_) in enumerate(turns):
         image, crops = build.images[index]
         crop_ids = [id(tokens) for _, tokens in examples[index][2]]
         crop = crops[crop_ids.index(id(images[1]))] if len(images) == 2 else None
@@ -129,16 +129,55 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, name, monkeypatch):
         row = inputs["position_ids"][:, i // tiny_build.TURNS]
         assert torch.equal(row[:, column : column + position_ids.shape[1]], position_ids)
         column += position_ids.shape[1]
-    assert abs(loss.item() - total / count) < 1e-4
+    assert abs(metrics["loss"] - total / count) < 1e-4
 
 
-def test_of_two_centres_in_a_cell_the_nearer_counts():
-    near = SceneObject("red", "star", "blue", (8, 8, 24, 24))
-    far = SceneObject("blue", "circle", "red", (24, 24, 38, 38))
-    alone = SceneObject("green", "cross", "red", (96, 32, 128, 64))
-    for objects in ([near, far, alone], [alone, far, near]):
-        found = tiny_build.objects_by_cell((Scene([], (0, 0, 0)), Scene(objects, (40, 40, 40))))
-        assert found == {64: near, 64 + 8 + 3: alone}
+@pytest.mark.parametrize("name", ["words", "boxes"])
+@torch.no_grad()
+def test_boxes_are_read_off_the_last_word_of_a_name(build, name, monkeypatch):
+    """Of every name that the thought begins with, and of no other token."""
+    turns, read, draw_turn, box_loss = [], {}, tiny_build.draw_turn, build.box_loss
+
+    def recorded_draw_turn(*args):
+        turns.append(draw_turn(*args))
+        return turns[-1]
+
+    def recorded_box_loss(tokens, objects):
+        read.update(tokens=tokens, objects=objects)
+        return box_loss(tokens, objects)
+
+    monkeypatch.setattr(tiny_build, "draw_turn", recorded_draw_turn)
+    monkeypatch.setattr(build, "box_loss", recorded_box_loss)
+    record = lambda module, args, kwargs, output: read.update(kwargs, output=output)  # noqa: E731
+    with build.model.register_forward_hook(record, with_kwargs=True):
+        loss, metrics = build.turns_loss(random.Random("turns"), tiny_build.STAGES[name])
+    added = 0.1 * box_loss(read["tokens"], read["objects"])[0].item()
+    assert loss.item() == pytest.approx(metrics["loss"] + added)
+    named = [turn for turn in turns if turn[2]]
+    assert read["objects"] == [turn[3] for turn in named] and len(read["tokens"]) == len(named) > 30
+    for text, _, words, scene_object in named:
+        thought = text.partition("<think> ")[2]
+        name = scene_object.description if words > 2 else scene_object.name
+        assert thought.startswith((f"{name}<", f"{name}[")) and len(name.split()) == words
+    assert all("What is Image 2?" in text for text, _, words, _ in turns if not words)
+    # The tokens are those whose input is the last word of each name.
+    hidden, embeds = read["output"].hidden_states[-1].flatten(0, 1), read["inputs_embeds"].flatten(0, 1)
+    rows = [int((hidden == token).all(-1).nonzero()[0]) for token in read["tokens"]]
+    last = [o.name.split()[1] if words == 2 else "inside" for _, _, words, o in named]
+    ids = build.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in last])
+    assert torch.equal(embeds[rows], build.model.get_input_embeddings().weight[ids])
+
+
+def test_a_cell_shows_the_object_that_covers_most_of_it():
+    large = SceneObject("red", "star", "blue", (0, 0, 100, 100))
+    tiny = SceneObject("blue", "circle", "red", (104, 90, 118, 104))
+    corner = SceneObject("green", "cross", "red", (249, 25, 263, 39))
+    scene = Scene([large, tiny], (40, 40, 40))
+    found = {cell: tiny_build.object_in_cell(scene, cell) for cell in range(64)}
+    # Of the cells beside it the large one fills an eighth. The tiny one has parts of itself in two.
+    whole = {row * 8 + column: large for row in range(3) for column in range(3)}
+    assert {cell: o for cell, o in found.items() if o} == whole | {19: tiny, 27: tiny}
+    assert tiny_build.object_in_cell(Scene([corner], (0, 0, 0)), 7) is corner
 
 
 def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
@@ -148,11 +187,13 @@ def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
         scene, _ = tiny_build.random_scene(rng, 6, suppressed=0.0)
         crops = [(rng.choice(scene.objects), torch.zeros(4, 1)) for _ in range(2)]
         num_tiny += sum(o.size == "tiny" for o in scene.objects)
-        text, images = tiny_build.draw_turn(rng, (scene, torch.zeros(64, 1), crops), kinds)
+        text, images, words, named = tiny_build.draw_turn(rng, (scene, torch.zeros(64, 1), crops), kinds)
         question, _, reply = text.rpartition("<|vision_end|>")[2].partition("<|im_end|>")
         assert "Find Image 2" not in question
         if question == "What is Image 2?":
+            assert words == 0
             continue
+        assert words and named.size != "tiny", "its box is read off its name"
         asked = [o for o in scene.objects if o.name in question or f" {o.color} object" in question]
         assert any(o.size != "tiny" for o in asked), question
         if question.startswith("Find"):
