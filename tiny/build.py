@@ -78,6 +78,9 @@ CROP = "<|vision_start|>" + "<|image_pad|>" * CROP_CELLS + "<|vision_end|>"
 SCENE = f"<|im_start|>user\n{IMAGE}"  # what all turns about a scene share
 # A scene, its tokens [64, H], and two crops: the object that each shows, and its tokens [4, H].
 Example = tuple[Scene, Tensor, tuple[tuple[SceneObject, Tensor], tuple[SceneObject, Tensor]]]
+# Prompt and answer as text, the tokens [cells, H] of its images, the number of words with which its thought
+# names the object that the prompt names (0: it names none), and the object.
+Turn = tuple[str, list[Tensor], int, SceneObject]
 
 # ---------------------------------------------------------------- what is shown
 
@@ -136,41 +139,33 @@ def is_salient(scene_object: SceneObject) -> bool:
     return scene_object.size != "tiny"
 
 
-def draw_turn(
-    rng: random.Random, example: Example, turns: dict[str, float]
-) -> tuple[str, list, int, SceneObject | None]:
-    """A turn about an example: its text, prompt and answer, and the tokens [cells, H] of each of its images.
-
-    Also the number of words with which its thought begins that name an object, and that object; 0 words where
-    the prompt names none. turns: how often a turn is of each kind.
-    """
-    (scene, scene_tokens, crops), words, scene_object = example, 0, None
+def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> Turn:
+    """A turn about an example; turns: how often it is of each kind."""
+    (scene, scene_tokens, crops), words = example, 0
     salient, images = [o for o in scene.objects if is_salient(o)], [scene_tokens]
     kind = rng.choices(list(turns), list(turns.values()))[0]
     possible = [q for q in scenes.questions(scene) if q.kind == kind and is_salient(q.evidence)]
     if possible:
         q = rng.choice(possible)
-        words, scene_object = 2, q.evidence
+        text, answer, words, shown = q.text, f" {q.answer}", 2, q.evidence
         # The thought starts with the words that the question gives, and ends with what the answer needs.
-        thought = q.evidence.name + FRAME.to_text(q.evidence.box) * (kind == "place")
-        text, answer = q.text, f" {q.answer}"
+        thought = shown.name + FRAME.to_text(shown.box) * (kind == "place")
     elif kind == "find" and salient:
-        scene_object = rng.choice(salient)
+        shown = rng.choice(salient)
         # With the detail where the name is not enough, and half of the time where it is.
-        full = not scene.is_unique(scene_object) or rng.random() < 0.5
-        name = scene_object.description if full else scene_object.name
+        full = not scene.is_unique(shown) or rng.random() < 0.5
+        name = shown.description if full else shown.name
         if with_crop := rng.random() < 1 / 3:
             images.append(rng.choice(crops)[1])
         text = PROMPTS["short"]["text"].format(text=name + " in Image 1" * with_crop)
-        thought, answer, words = name, FRAME.to_text(scene_object.box), len(name.split())
+        thought, answer, words = name, FRAME.to_text(shown.box), len(name.split())
     else:  # name, which also replaces a turn that this scene does not have
-        scene_object, crop_tokens = rng.choice(crops)
+        shown, crop_tokens = rng.choice(crops)
         images.append(crop_tokens)
-        name = scene_object.description if rng.random() < 0.5 else scene_object.name
+        name = shown.description if rng.random() < 0.5 else shown.name
         text, thought, answer = PROMPTS["short"]["name"], name, f" {name}"
     prompt = f"{SCENE}{CROP * (len(images) - 1)}{text}<|im_end|>\n<|im_start|>assistant\n"
-    reply = f"<think> {thought}</think><answer>{answer}</answer><|im_end|>"
-    return prompt + reply, images, words, scene_object
+    return f"{prompt}<think> {thought}</think><answer>{answer}</answer><|im_end|>", images, words, shown
 
 
 # ---------------------------------------------------------------- the build
@@ -263,8 +258,7 @@ class Build:
         tokens = torch.cat([compute_image_tokens(visual, part).flatten(0, 1) for part in (images, crops)])
         box_loss, pixels = self.box_loss(tokens[index[:K]], list(targets.values())[:K])
         is_object = torch.zeros(C).index_fill_(0, index[:K], 1.0)  # [16·64]
-        loss = F.binary_cross_entropy_with_logits(heads["object"](tokens[:C])[:, 0], is_object)
-        loss = loss + box_loss
+        loss = box_loss + F.binary_cross_entropy_with_logits(heads["object"](tokens[:C])[:, 0], is_object)
         # Words by the dot product with their own embeddings, so that the text model can read the tokens. Of
         # the core by way of a head: colour and core are words of one kind.
         metrics = {"pixels": pixels}
@@ -278,18 +272,6 @@ class Build:
             loss = loss + 2 * (on_scenes + on_crops)
             metrics[kind] = (logits[:K].argmax(-1) == labels[:K]).float().mean().item()
         return loss, metrics
-
-    @torch.no_grad()
-    def start_language(self) -> None:
-        """Freezes the vision tower, and lets queries start as copies of the keys.
-
-        So the word " red" attends to red objects from the first step.
-        """
-        self.model.model.visual.requires_grad_(False)
-        if self.state["stage"] == "vision":  # else the queries have been trained already
-            for attention in (layer.self_attn for layer in self.model.model.language_model.layers):
-                keys = attention.k_proj.weight.view(2, 32, 128)  # [key heads, head, H]
-                attention.q_proj.weight.copy_(keys.repeat_interleave(2, 0).flatten(0, 1))
 
     @torch.no_grad()
     def draw_examples(self) -> None:
@@ -337,9 +319,8 @@ class Build:
         embeds = model.get_input_embeddings()(ids).masked_scatter((ids == image_id)[..., None], features)
         # As in a GRPO group, a turn sees the scene and itself: it learns what it would learn alone.
         kwargs = dict(attention_mask=group_mask(segment_ids - 1), position_ids=torch.stack(position_ids))
-        labels = ids.masked_fill(is_answer == 0, -100)  # [B, K]
-        kwargs |= dict(labels=labels, use_cache=False, output_hidden_states=True)
-        output = self.model(inputs_embeds=embeds, **kwargs)
+        kwargs |= dict(use_cache=False, output_hidden_states=True)
+        output = self.model(inputs_embeds=embeds, labels=ids.masked_fill(is_answer == 0, -100), **kwargs)
         named = [o for o, number in zip(objects, words) if number]
         box_loss, pixels = self.box_loss(output.hidden_states[-1][ends_name > 0], named)
         # A tenth of it: what counts is what the model writes.
@@ -370,7 +351,6 @@ def run_build(build: Build, out: Path) -> None:
     model, word_embeddings = build.model, build.model.get_input_embeddings().weight
     vision = [*model.model.visual.parameters(), *build.heads.parameters(), word_embeddings]
     build.train("vision", vision, build.vision_loss, build.measure_vision)
-    build.start_language()
     build.draw_examples()
     text = [*model.model.language_model.parameters(), *build.heads.parameters()]
     for name in ("words", "boxes", "crowds"):

@@ -204,20 +204,6 @@ def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
     assert num_tiny > 300
 
 
-def test_queries_start_as_copies_of_the_keys_once(build):
-    attention = build.model.model.language_model.layers[1].self_attn
-    build.start_language()
-    queries, keys = attention.q_proj.weight.view(4, 32, 128), attention.k_proj.weight.view(2, 32, 128)
-    for head in range(4):
-        assert torch.equal(queries[head], keys[head // 2])
-    assert not any(p.requires_grad for p in build.model.model.visual.parameters())
-    with torch.no_grad():
-        attention.q_proj.weight.zero_()
-    build.state["stage"] = "words"
-    build.start_language()
-    assert not attention.q_proj.weight.any()
-
-
 def test_no_stage_shrinks_the_range_of_counts():
     """Weakness must come from what the base was shown, not from a stage that destroys something."""
     for stage in tiny_build.STAGES.values():
