@@ -227,16 +227,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and samples, any base")
     parser.add_argument("--jobs", type=one_or_more, default=2, help="rows at a time, a core each (default 2)")
     parser.add_argument("--attempt", metavar="WHY", help="what is tried and why, in a sentence")
-    parser.add_argument("--variant", choices=VARIANTS, default="locus", help="of an attempt (default locus)")
+    parser.add_argument("--variant", choices=VARIANTS, help="of an attempt (default locus)")
     args, rest = parser.parse_known_args()
     with exit_on_error():
         if args.attempt is not None:
             if args.quick or args.base_b:
                 parser.error("--attempt makes one run on --base-a: leave --quick and --base-b out")
-            line = attempt(args.attempt, model_folder(args.base_a), args.variant, read_flags(__doc__, rest))
+            variant, flags = args.variant or "locus", read_flags(__doc__, rest)
+            line = attempt(args.attempt, model_folder(args.base_a), variant, flags)
             return print(json.dumps(line, indent=2))
-        if rest or args.variant != "locus":
-            parser.error(f"{' '.join(rest) or '--variant'}: only --attempt takes settings of a run, add it")
+        if rest or args.variant:
+            parser.error(f"without --attempt, unrecognized arguments: {' '.join(rest or ['--variant'])}")
         models = {base: model_folder(m) for base, m in (("A", args.base_a), ("B", args.base_b)) if m}
         protocol, out = open_protocol(models, args.quick)
         run_rows(rows_of(protocol, models, out), args.jobs)

@@ -3,10 +3,10 @@
     python tests/count_dispatches.py [--layers 36]
 
 A GPU spends a decoding step on launching kernels, so their number decides how long it takes. Every operator
-that PyTorch dispatches is counted, as a GPU would see it: views too, although they launch nothing; RMSNorm is
-the one kernel that it is there (a CPU computes it in seven operators). The count depends on the layers of a
-model and not on their width, so a model of Qwen2.5-VL-3B's shape with miniature layers has that of the full
-size; two layers of full width check it.
+that PyTorch dispatches is counted, views too, although they launch nothing. RMSNorm counts as one operator,
+as on a GPU (a CPU computes it in seven). The count depends on the layers of a model and not on their width,
+so a model of Qwen2.5-VL-3B's shape with miniature layers has that of the full size; two layers of full width
+check it.
 """
 
 import argparse

@@ -13,7 +13,8 @@ images. That is where it is weak: where its training is thin. Cue search, which 
 What differs from a typical pretraining script:
 - The tokens of an image are computed once, by the frozen tower, and shared by every turn about it.
 - Eight turns (a question and its answer) about one scene are packed in one row, laid out as a GRPO group is.
-- Where a thought has named an object, a throw-away head reads its box off that token, as off an image token.
+- Where a thought has named what a question asks about, throw-away heads read its box off that token, as off
+  an image token.
 - Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes.
 """
 
@@ -79,7 +80,8 @@ SCENE = f"<|im_start|>user\n{IMAGE}"  # what all turns about a scene share
 # A scene, its tokens [64, H], and two crops: the object that each shows, and its tokens [4, H].
 Example = tuple[Scene, Tensor, tuple[tuple[SceneObject, Tensor], tuple[SceneObject, Tensor]]]
 # Prompt and answer as text, the tokens [cells, H] of its images, the number of words with which its thought
-# names the object that the prompt names (0: it names none), and the object.
+# names the object that the prompt asks about (0 where it asks for a name: that must not teach to find a
+# crop), and the object.
 Turn = tuple[str, list[Tensor], int, SceneObject]
 
 # ---------------------------------------------------------------- what is shown
@@ -127,7 +129,7 @@ def compute_image_tokens(visual: nn.Module, images: list[Image.Image]) -> Tensor
 
 
 def object_in_cell(scene: Scene, cell: int) -> SceneObject | None:
-    """The object that covers most of a cell, of those that fill a quarter of it or have a quarter there."""
+    """The object that covers most of a cell, of those that fill a quarter of it or have a quarter in it."""
     x, y = scenes.CELL * (cell % (SIDE // scenes.CELL)), scenes.CELL * (cell // (SIDE // scenes.CELL))
     window, fraction = (x, y, x + scenes.CELL, y + scenes.CELL), scenes.visible_fraction
     shown = [o for o in scene.objects if max(fraction(o.box, window), fraction(window, o.box)) >= 0.25]
@@ -172,7 +174,7 @@ def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> 
 
 
 class Build:
-    """A build in progress: the model, the heads of the vision stage, and what has been done so far."""
+    """A build in progress: the model, its throw-away heads, and what has been done so far."""
 
     def __init__(self, out: Path, seed: int, steps_per_stage: int | None = None):
         torch.set_num_threads(THREADS)
@@ -246,8 +248,7 @@ class Build:
         A token of a crop tells colour, shape and core.
         """
         visual, heads = self.model.model.visual, self.heads
-        counts = (draw_count(rng, stage.few_share) for _ in range(16))
-        drawn, images = zip(*[random_scene(rng, count, suppressed=0.15) for count in counts])
+        drawn, images = zip(*[random_scene(rng, draw_count(rng, stage.few_share), 0.15) for _ in range(16)])
         # What each token should tell: first those of the K cells that show an object, then those of crops.
         cells = [object_in_cell(scene, cell) for scene in drawn for cell in range(CELLS)]
         targets = {i: scene_object for i, scene_object in enumerate(cells) if scene_object}
@@ -288,7 +289,10 @@ class Build:
                 self.examples[len(example[0].objects) <= FEW].append(example)
 
     def turns_loss(self, rng: random.Random, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the replies in rows `[scene | turn 1 | … | turn 8]`; what the progress bar shows."""
+        """The loss of the replies in rows `[scene | turn 1 | … | turn 8]`, and of boxes read off their names.
+
+        Also what the progress bar shows, where `loss` is that of the replies alone.
+        """
         tokenizer, model, batch = self.tokenizer, self.model.model, 8
         few = [rng.random() < stage.few_share for _ in range(batch)]
         drawn = [rng.choice(self.examples[is_few]) for is_few in few]
@@ -307,7 +311,7 @@ class Build:
         is_first = torch.arange(batch * TURNS) % TURNS == 0  # [B·8]
         segment_ids[:, : len(tokenizer(SCENE).input_ids)] = is_first[:, None]  # [B·8, L]
         is_answer = (ids == think_id).cumsum(1)  # [B·8, L]
-        # A word is a token. Where no object is named there are 0 words, and no token ends a name.
+        # A word is a token. In a turn of 0 words no token ends a name.
         number = torch.tensor(words)[:, None]  # [B·8, 1]
         ends_name = (is_answer.cumsum(1) == number + 1) & (number > 0)  # [B·8, L]
         # Columns of a token: id, segment, is it of the answer, does it end a name, and its three positions.
@@ -321,8 +325,10 @@ class Build:
         kwargs = dict(attention_mask=group_mask(segment_ids - 1), position_ids=torch.stack(position_ids))
         kwargs |= dict(use_cache=False, output_hidden_states=True)
         output = self.model(inputs_embeds=embeds, labels=ids.masked_fill(is_answer == 0, -100), **kwargs)
-        named = [o for o, number in zip(objects, words) if number]
-        box_loss, pixels = self.box_loss(output.hidden_states[-1][ends_name > 0], named)
+        names = output.hidden_states[-1][ends_name > 0]  # [N, H], N turns that ask about an object
+        asked = [o for o, number in zip(objects, words) if number]
+        # There is none where all eight scenes hold tiny objects alone.
+        box_loss, pixels = self.box_loss(names, asked) if asked else (0.0, 0.0)
         # A tenth of it: what counts is what the model writes.
         return output.loss + 0.1 * box_loss, {"loss": output.loss.item(), "pixels": pixels}
 

@@ -1,4 +1,4 @@
-"""A decoding step in half the calls: what training hands to `rollout` in place of `run_text`.
+"""A decoding step in a third of the calls: what training hands to `rollout` in place of `run_text`.
 
 A decoding step sends a few tokens through many layers. It takes as long as its calls, not its arithmetic: a
 GPU waits for the next launch. The layers here compute what those of transformers and PEFT do, except that
@@ -74,8 +74,8 @@ class FusedLayer:
         """Hidden states [N, H] before the layer to those after it.
 
         cos, sin: of the rotary embedding, the sine with its sign, [B, G, A + 2K, D] each.
-        mask: additive, [B, 1, G·A/K, L]. past: the layer's keys and values, [B, K, L, D] each; new: its
-        columns of this step, keys and values side by side, [B, G, 2K, D], which are written here.
+        mask: additive, [B, 1, G·A/K, L]. past: the layer's keys and values in the cache, [B, K, L, D] each;
+        new: the cache's columns of this step, keys and values side by side, [B, G, 2K, D]: written here.
         """
         (B, G, _, D), K, attention = new.shape, new.shape[2] // 2, self.layer.self_attn
         heads = self.qkv(rms_norm(x, self.layer.input_layernorm)).view(B, G, -1, D)  # [B, G, A + 2K, D]
@@ -83,8 +83,8 @@ class FusedLayer:
         if hasattr(attention, "q_norm"):  # Qwen3-VL
             query, key, value = heads.split([num_heads, K, K], 2)
             heads = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm), value], 2)
-        # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x. Values do not
-        # rotate: of them cos is 1 and sin is 0, so that all heads, and the cache's new columns, are one call.
+        # Rotary embedding: x · cos + (−x₂, x₁) · sin, where x₁ and x₂ are the halves of x. For values cos is
+        # 1 and sin is 0: they go through unchanged, and keys and values into the cache in one copy.
         heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
         query, keys_and_values = heads.split([num_heads, 2 * K], 2)
         new.copy_(keys_and_values)

@@ -44,7 +44,7 @@ MEAN_LENGTH = 0.5  # of --max-new-tokens that a completion has on average: an as
 # Operations that PyTorch dispatches for a pass of a text layer with LoRA in 4 bit: by run_text, and by the
 # fused layers that decode a rollout (tests/count_dispatches.py: 3,434 and 1,189 at 36 layers, without views).
 LAYER_CALLS, FUSED_CALLS = 3434 / 36, 1189 / 36
-CALL_SECONDS = 15e-6  # Python's time for each: an assumption, 10 to 20 µs on most hosts
+CALL_SECONDS = 15e-6  # Python's time for each and its views: an assumption, 10 to 20 µs on most hosts
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.8, 0.5  # of the data sheet that real kernels reach: an assumption
 
 # From data sheets: a part of the name that CUDA gives, GB, GB/s, and TFLOPs of dense 16-bit matrix products

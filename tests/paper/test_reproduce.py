@@ -136,8 +136,9 @@ def test_other_weights_than_the_protocols_are_refused(base, tmp_path, monkeypatc
         ("--jobs 0", "--jobs: 0"),
         ("--base-b none", "none"),
         ("--base-c x", "--base-"),
-        ("--variant sft", "--variant: only --attempt"),
-        ("--lr 1", "--lr 1: only --attempt"),
+        ("--quik", "--quik (did you mean --quick?)"),
+        ("--variant sft", "without --attempt, unrecognized arguments: --variant"),
+        ("--lr 1", "without --attempt, unrecognized arguments: --lr 1"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(arguments, message, monkeypatch, capsys):

@@ -135,7 +135,7 @@ def test_a_turn_in_a_row_is_the_same_turn_alone(build, name, monkeypatch):
 @pytest.mark.parametrize("name", ["words", "boxes"])
 @torch.no_grad()
 def test_boxes_are_read_off_the_last_word_of_a_name(build, name, monkeypatch):
-    """Of every name that the thought begins with, and of no other token."""
+    """Of the name of everything that a question asks about, and of no other token."""
     turns, read, draw_turn, box_loss = [], {}, tiny_build.draw_turn, build.box_loss
 
     def recorded_draw_turn(*args):
@@ -166,6 +166,15 @@ def test_boxes_are_read_off_the_last_word_of_a_name(build, name, monkeypatch):
     last = [o.name.split()[1] if words == 2 else "inside" for _, _, words, o in named]
     ids = build.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in last])
     assert torch.equal(embeds[rows], build.model.get_input_embeddings().weight[ids])
+
+
+@torch.no_grad()
+def test_a_step_whose_scenes_hold_tiny_objects_alone_has_the_loss_of_its_replies(build):
+    """Then every turn is to name a crop, and there is no box to read."""
+    for scene, _, _ in build.examples[True]:
+        scene.objects = [SceneObject("red", "star", "blue", (10, 10, 30, 30))]
+    loss, metrics = build.turns_loss(random.Random("turns"), tiny_build.STAGES["words"])
+    assert loss.item() == metrics["loss"] > 0 and metrics["pixels"] == 0
 
 
 def test_a_cell_shows_the_object_that_covers_most_of_it():
