@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.scores import markdown_table, mean, paired
 from files.disk import write_json
 from files.errors import exit_on_error
-from paper.verdicts import BASE, HERE, change_cell, claim_row, collect, folder_flag, read_json
+from paper.verdicts import BASE, HERE, TWIN_TESTS, change_cell, claim_row, collect, folder_flag, read_json
 from tiny.scenes import KINDS, SIDES
 
 # Column of the table of rows: list of samples, or the KL.
@@ -34,13 +34,14 @@ def twin_text(twins: dict[str, dict]) -> tuple[str, str]:
     """What the first paragraph says of every base, and the table of every base, row and seed."""
     sentences, lines = [], []
     for base, rows in twins.items():
-        for test, title in (("forced", "forced choice"), ("swap", "both crops found")):
+        for test in ("forced", "swap"):
             before, after = (change_cell(rows[name][test][0], "") for name in (BASE, "LOCUS"))
-            sentences.append(f"{title} on base {base}: {before} before and {after} after")
+            sentences.append(f"{TWIN_TESTS[test]} on base {base}: {before} before and {after} after")
         for name, tests in rows.items():
-            for forced, swap in zip(tests["forced"][1:], tests["swap"][1:], strict=True):
-                lines.append([base, name, f"{forced['n']:,}", change_cell(forced, ""), change_cell(swap, "")])
-    header = ["base", "row, a line for each seed", "pairs", "forced choice (95 %)", "both crops found (95 %)"]
+            for parts in zip(*(tests[test][1:] for test in TWIN_TESTS), strict=True):  # of each seed
+                lines.append([base, name, f"{parts[0]['n']:,}", *(change_cell(part, "") for part in parts)])
+    titles = [f"{title} (95 %)" for title in TWIN_TESTS.values()]
+    header = ["base", "row, a line for each seed", "pairs", *titles]
     return "; ".join(sentences), markdown_table(header, lines)
 
 

@@ -25,6 +25,7 @@ from files.errors import FlagParser, UserError, exit_on_error
 HERE = Path(__file__).parent
 ATTEMPTS = HERE.parent / "docs" / "attempts.jsonl"
 BASE = "base"  # the row of a base itself: one seed, no steps
+TWIN_TESTS = {"forced": "forced choice", "forced_described": "told the detail", "swap": "both crops found"}
 Rows = dict[str, dict[str, list[dict]]]  # base: row: the content of the files of its seeds
 
 
@@ -172,12 +173,9 @@ def row_figures(runs: list[dict]) -> dict[str, list[float]]:
 
 
 def twin_figures(runs: list[dict]) -> dict[str, list[dict]]:
-    """Shares of forced choice and swap on held-out twins: those of all seeds together, then of each."""
-    figures = {}
-    for test in ("forced", "swap"):
-        hits = samples_of(runs, f"twins_{test}", ["tiny", "small"])
-        figures[test] = [contrast(hits), *(contrast([hits_of_seed]) for hits_of_seed in hits)]
-    return figures
+    """Shares of TWIN_TESTS on held-out twins: those of all seeds together, then of each."""
+    hits = {test: samples_of(runs, f"twins_{test}", ["tiny", "small"]) for test in TWIN_TESTS}
+    return {test: [contrast(part), *(contrast([of_seed]) for of_seed in part)] for test, part in hits.items()}
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def draw_row(seed: str, protocol_sha256: str, entry: dict, gain: float) -> dict:
     names = [f"{task}_{kind}_{size}" for task in tasks for kind in KINDS for size in SIDES]
     names += [f"{task}_{size}" for task in ("cue", "find") for size in ("tiny", "small")]
     if entry.get("twins"):
-        names += [f"twins_{test}_{size}" for test in ("forced", "swap") for size in ("tiny", "small")]
+        names += [f"twins_{test}_{size}" for test in verdicts.TWIN_TESTS for size in ("tiny", "small")]
     samples = {name: [float(rng.random() < 0.5 + gain) for _ in range(N)] for name in names}
     kl = dict.fromkeys(("cue", "find", "questions", "all"), gain)
     row = {"samples": samples, "kl": kl, "curve": [0.1, 0.2], "seconds": 7}

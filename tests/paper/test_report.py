@@ -34,6 +34,9 @@ def test_the_first_paragraph_is_the_result_on_instances(folder, lines):
             for test in ("forced", "swap"):
                 share = twins[base][name][test][0]
                 assert f"{share['change']:.1f} ({share['95'][0]:.1f} to {share['95'][1]:.1f})" in first
+        # The positive control has one seed, whose shares are those of all seeds.
+        cells = [verdicts.change_cell(part[0], "") for part in twins[base]["SFT, all right"].values()]
+        assert len(cells) == 3 and f"| {base} | SFT, all right | 120 | {' | '.join(cells)} |" in lines
     # A line for each base, row and seed: one of a base, three of LOCUS.
     assert len([line for line in lines if re.match(r"\| [AB] \| (base|LOCUS) ", line)]) == 2 * (1 + 3)
 

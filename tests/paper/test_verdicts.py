@@ -236,7 +236,7 @@ def test_a_missing_row_is_one_sentence(folder, monkeypatch, capsys):
 PUBLISHED = ROOT / "paper"
 
 
-@pytest.mark.skipif(not (PUBLISHED / "samples").is_dir(), reason="the rows of the protocol have not been run")
+@pytest.mark.skipif(not (PUBLISHED / "RESULTS.json").exists(), reason="not every row has been run")
 def test_the_published_verdicts_are_those_of_the_published_samples():
     results = verdicts.read_json(PUBLISHED / "RESULTS.json")
     assert results["protocol_sha256"] == verdicts.sha256(PUBLISHED / "protocol.json")
