@@ -5,10 +5,11 @@
 Stages, each for its number of steps (all of K, to try it out):
 1. vision: for each image token the vision tower learns which object is there, of any size;
 2. words: the tower is frozen, and the text model learns to name what a crop shows, shapes and details;
-3. boxes: mostly where objects are, still mostly in scenes of few objects;
-4. crowds: the same with more scenes of many objects, while the learning rate falls.
-The text model is asked about salient objects alone: it never has to find a tiny one, though they stand in its
-images. That is where it is weak: where its training is thin. Cue search, which LOCUS trains, is never shown.
+3. boxes: the same, but mostly where objects are, while the learning rate falls. It is short, and shows few
+   crowds: a base that trains for longer finds tiny objects by itself (docs/embedded_model.md).
+Every stage shows 1 to 12 objects. The text model is asked about salient objects alone: it never has to find a
+tiny one, though they stand in its images. That is where it is weak: where its training is thin. Cue search,
+which LOCUS trains, is never shown: whatever is to be found has its name in the prompt.
 
 What differs from a typical pretraining script:
 - The tokens of an image are computed once, by the frozen tower, and shared by every turn about it.
@@ -65,8 +66,7 @@ class Stage:
 STAGES = {
     "vision": Stage(5000, 2e-3, 0.3),
     "words": Stage(2600, 1.2e-3, 0.85, False, dict(shape=3, detail=4, place=0.5, find=1.5, name=1.5)),
-    "boxes": Stage(5400, 1.2e-3, 0.85, False, dict(shape=1, detail=1.5, place=1.5, find=4, name=1)),
-    "crowds": Stage(3500, 1.2e-3, 0.3, True, dict(shape=1.5, detail=2, place=1.5, find=3, name=1)),
+    "boxes": Stage(2000, 1.2e-3, 0.97, True, dict(shape=1, detail=2, place=1.5, find=3, told=1, name=0.5)),
 }
 THREADS = 1  # sums of one thread do not depend on what else the machine does
 SAVE_EVERY = 200  # steps
@@ -144,22 +144,24 @@ def is_salient(scene_object: SceneObject) -> bool:
 def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> Turn:
     """A turn about an example; turns: how often it is of each kind."""
     (scene, scene_tokens, crops), words = example, 0
-    salient, images = [o for o in scene.objects if is_salient(o)], [scene_tokens]
+    images = [scene_tokens]
     kind = rng.choices(list(turns), list(turns.values()))[0]
     possible = [q for q in scenes.questions(scene) if q.kind == kind and is_salient(q.evidence)]
+    # What can be found: an object; or, if the prompt tells which one Image 2 shows, that one and its crop.
+    found = [x for x in (crops if kind == "told" else [(o,) for o in scene.objects]) if is_salient(x[0])]
     if possible:
         q = rng.choice(possible)
         text, answer, words, shown = q.text, f" {q.answer}", 2, q.evidence
         # The thought starts with the words that the question gives, and ends with what the answer needs.
         thought = shown.name + FRAME.to_text(shown.box) * (kind == "place")
-    elif kind == "find" and salient:
-        shown = rng.choice(salient)
+    elif kind in ("find", "told") and found:
+        shown, *crop_tokens = rng.choice(found)
         # With the detail where the name is not enough, and half of the time where it is.
-        full = not scene.is_unique(shown) or rng.random() < 0.5
-        name = shown.description if full else shown.name
-        if with_crop := rng.random() < 1 / 3:
-            images.append(rng.choice(crops)[1])
-        text = PROMPTS["short"]["text"].format(text=name + " in Image 1" * with_crop)
+        name = shown.name if scene.is_unique(shown) and rng.random() >= 0.5 else shown.description
+        text = f"Find Image 2, the {name}, in Image 1." if crop_tokens else f"Find the {name}."
+        if kind == "find" and rng.random() < 1 / 3:  # beside any crop
+            crop_tokens, text = [rng.choice(crops)[1]], f"Find the {name} in Image 1."
+        images += crop_tokens
         thought, answer, words = name, FRAME.to_text(shown.box), len(name.split())
     else:  # name, which also replaces a turn that this scene does not have
         shown, crop_tokens = rng.choice(crops)
@@ -359,7 +361,7 @@ def run_build(build: Build, out: Path) -> None:
     build.train("vision", vision, build.vision_loss, build.measure_vision)
     build.draw_examples()
     text = [*model.model.language_model.parameters(), *build.heads.parameters()]
-    for name in ("words", "boxes", "crowds"):
+    for name in ("words", "boxes"):
         build.train(name, text, build.turns_loss, build.measure_language)
     model.config.locus_family, model.generation_config.do_sample = "tiny", False
     for part in (model, build.tokenizer, build_image_processor()):

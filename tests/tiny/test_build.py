@@ -191,14 +191,14 @@ def test_a_cell_shows_the_object_that_covers_most_of_it():
 
 def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
     """So it is weak where its training is thin: the only turn about a tiny object is to name its crop."""
-    rng, kinds, num_tiny = random.Random(0), dict(shape=1, detail=1, place=1, find=1, name=1), 0
+    rng, kinds, num_tiny = random.Random(0), dict(shape=1, detail=1, place=1, find=1, told=1, name=1), 0
     for _ in range(300):
         scene, _ = tiny_build.random_scene(rng, 6, suppressed=0.0)
         crops = [(rng.choice(scene.objects), torch.zeros(4, 1)) for _ in range(2)]
         num_tiny += sum(o.size == "tiny" for o in scene.objects)
         text, images, words, named = tiny_build.draw_turn(rng, (scene, torch.zeros(64, 1), crops), kinds)
         question, _, reply = text.rpartition("<|vision_end|>")[2].partition("<|im_end|>")
-        assert "Find Image 2" not in question
+        assert "Find Image 2 in" not in question
         if question == "What is Image 2?":
             assert words == 0
             continue
@@ -209,6 +209,8 @@ def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
             boxes = {tiny_build.FRAME.to_text(o.box): o for o in scene.objects}
             target = boxes[reply.partition("<answer>")[2].partition("</answer>")[0]]
             assert target.size != "tiny" and len(images) == 1 + (" in Image 1" in question)
+            if question.startswith("Find Image 2, the "):
+                assert any(images[1] is tokens and o is target for o, tokens in crops)
             assert scene.is_unique(target) or target.description in question, "a twin needs its detail"
     assert num_tiny > 300
 
@@ -216,7 +218,7 @@ def test_the_text_model_never_finds_a_tiny_object_nor_searches_a_crop():
 def test_no_stage_shrinks_the_range_of_counts():
     """Weakness must come from what the base was shown, not from a stage that destroys something."""
     for stage in tiny_build.STAGES.values():
-        counts = {tiny_build.draw_count(random.Random(i), stage.few_share) for i in range(400)}
+        counts = {tiny_build.draw_count(random.Random(i), stage.few_share) for i in range(4000)}
         assert counts == set(range(1, scenes.MAX_OBJECTS + 1))
 
 
@@ -252,7 +254,7 @@ def start_early_programs() -> None:
     arguments = ("--out", folder / "model", "--seed", 0, "--steps-per-stage", STEPS)
     EARLY["finished"] = start_early(*arguments, code="from tiny import build; build.main()")
     # Each kill comes between the last step of a stage and the state that would have it.
-    EARLY["builds"] = start_early(f"{folder}/again=0", f"{folder}/killed=2,3,3,3,0", code=BUILDS)
+    EARLY["builds"] = start_early(f"{folder}/again=0", f"{folder}/killed=2,3,3,0", code=BUILDS)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +266,7 @@ def finished() -> tuple[Path, str]:
 def test_a_build_repeats_to_the_bit_also_when_it_is_killed_in_every_stage(finished):
     printed = EARLY["builds"].result().stdout
     ends = [int(line.removeprefix("ended with ")) for line in printed.splitlines() if "ended" in line]
-    assert ends == [0, *[-signal.SIGKILL] * 4, 0]
+    assert ends == [0, *[-signal.SIGKILL] * 3, 0]
     names = ("model", "again", "killed")
     hashes = {sha256(EARLY["folder"] / name / "model.safetensors") for name in names}
     assert len(hashes) == 1 and f"SHA-256 of model.safetensors: {hashes.pop()}\n" in finished[1]
@@ -284,7 +286,7 @@ def test_a_build_is_an_ordinary_folder_that_tells_how_it_was_made(finished):
     assert made["sha256"] == sha256(folder / "model.safetensors")
     assert made["accuracy"].keys() == tiny_build.STAGES.keys()
     cells = {*scenes.KINDS} | {f"{kind}_{size}" for kind in scenes.KINDS for size in scenes.SIDES}
-    for name in ("words", "boxes", "crowds"):
+    for name in ("words", "boxes"):
         assert set(made["accuracy"][name]) == {"few", "crowds"}
         assert all(set(part) == cells for part in made["accuracy"][name].values())
         assert f"{name}, {STEPS} steps: " in printed
