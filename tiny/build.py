@@ -6,7 +6,7 @@ Stages, each for its number of steps (all of K, to try it out):
 1. vision: for each image token the vision tower learns which object is there, of any size;
 2. words: the tower is frozen, and the text model learns to name what a crop shows, shapes and details;
 3. boxes: the same, but mostly where objects are, while the learning rate falls. It is short, and shows few
-   crowds: a base that trains for longer finds tiny objects by itself (docs/embedded_model.md).
+   crowds: a longer build with more of them reads tiny objects well by itself (docs/embedded_model.md).
 Every stage shows 1 to 12 objects. The text model is asked about salient objects alone: it never has to find a
 tiny one, though they stand in its images. That is where it is weak: where its training is thin. Cue search,
 which LOCUS trains, is never shown: whatever is to be found has its name in the prompt.

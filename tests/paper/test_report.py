@@ -37,6 +37,8 @@ def test_the_first_paragraph_is_the_result_on_instances(folder, lines):
         # The positive control has one seed, whose shares are those of all seeds.
         cells = [verdicts.change_cell(part[0], "") for part in twins[base]["SFT, all right"].values()]
         assert len(cells) == 3 and f"| {base} | SFT, all right | 120 | {' | '.join(cells)} |" in lines
+    titles = ["forced choice (95 %)", "told the detail (95 %)", "both crops found (95 %)"]
+    assert f"| base | row, a line for each seed | pairs | {' | '.join(titles)} |" in lines
     # A line for each base, row and seed: one of a base, three of LOCUS.
     assert len([line for line in lines if re.match(r"\| [AB] \| (base|LOCUS) ", line)]) == 2 * (1 + 3)
 
