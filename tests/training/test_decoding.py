@@ -102,18 +102,22 @@ def half_policy(request) -> Policy:
     return policy
 
 
-def test_in_16_and_4_bits_the_fused_decoder_is_as_near_to_the_training_pass(half_policy):
-    """The gaps of sampling to the training pass, in the statistics and limits of the self-check."""
+def test_in_16_and_4_bits_the_fused_decoder_stays_near_the_training_pass(half_policy):
+    """The gaps of sampling to the training pass, in the statistics of the self-check; a third of its limits.
+
+    The plain decoder runs the layers of the training pass, the fused one rounds in another order: its gap is
+    larger, but by less than a factor of three.
+    """
     cues = open_cues("scenes", "train", 0, CueConfig())
-    batch_prompts = [encode_cue(half_policy.processor, cues[i], "object") for i in range(4)]
+    batch_prompts = [encode_cue(half_policy.processor, cues[i], "object") for i in range(16)]
     batch, means = collate(half_policy, batch_prompts), []
     for rollouts in both(half_policy, batch_prompts, 8, 40):
         with torch.no_grad():
             logps = token_logps(half_policy, batch, rollouts.tokens, rollouts.mask)
         gap = (logps - rollouts.logps)[rollouts.mask].abs()
-        assert gap.mean() < 0.03 and gap.quantile(0.9) < 0.15
+        assert gap.mean() < 0.01 and gap.quantile(0.9) < 0.05
         means.append(gap.mean())
-    assert means[1] < 2 * means[0]
+    assert means[1] < 3 * means[0]
 
 
 def test_autocast_of_the_adapter_changes_only_rounding(half_policy, monkeypatch):
