@@ -158,7 +158,8 @@ def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> 
         shown, *crop_tokens = rng.choice(found)
         # With the detail where the name is not enough, and half of the time where it is.
         name = shown.name if scene.is_unique(shown) and rng.random() >= 0.5 else shown.description
-        text = f"Find Image 2, the {name}, in Image 1." if crop_tokens else f"Find the {name}."
+        with_name = "Find Image 2, the {text}, in Image 1." if crop_tokens else PROMPTS["short"]["text"]
+        text = with_name.format(text=name)
         if kind == "find" and rng.random() < 1 / 3:  # beside any crop
             crop_tokens, text = [rng.choice(crops)[1]], f"Find the {name} in Image 1."
         images += crop_tokens
