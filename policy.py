@@ -98,10 +98,9 @@ def compute_image_features(policy: Policy, prompts: list[EncodedPrompt]) -> None
 def collate(policy: Policy, prompts: list[EncodedPrompt]) -> Batch:
     """Prompts as a left-padded batch, with explicit M-RoPE positions (a model's cached ones may be stale)."""
     compute_image_features(policy, prompts)
-    max_length = max(len(prompt.input_ids) for prompt in prompts)
 
     def pad(rows: list[Tensor], value: int = 0) -> Tensor:
-        return torch.stack([F.pad(row, (max_length - len(row), 0), value=value) for row in rows])  # [B, P]
+        return nn.utils.rnn.pad_sequence(rows, True, value, "left")  # [B, P]
 
     # On the left, so that every prompt ends in the last column, where its completions start.
     input_ids = pad([prompt.input_ids for prompt in prompts], policy.processor.tokenizer.pad_token_id)
@@ -195,19 +194,19 @@ class Rollout:
         return Rollout(*(torch.cat([pad(tensor) for tensor in column]) for column in columns))
 
 
-class PreallocatedCacheLayer(DynamicLayer):
-    """Keys and values of one layer, allocated ahead: the library's cache is copied for every token."""
+class GrowingCacheLayer(DynamicLayer):
+    """Keys and values of one layer, with room for tokens to come: the library's is copied for every token."""
 
-    def __init__(self, max_columns: int):
-        super().__init__()
-        self.max_columns, self.length = max_columns, 0
+    length = 0
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends those of new columns, [B, K, Q, D] each, and returns all, [B, K, L, D]."""
-        if self.length == 0:
-            (B, K, _, D), self.is_initialized = keys.shape, True
-            self.keys, self.values = keys.new_empty(2, B, K, self.max_columns, D)
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = keys, values, True
         start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.keys.shape[2]:
+            room = (0, 0, 0, 32 * keys.shape[2])  # for 32 steps: most replies end far below their limit
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
         self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = keys, values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
@@ -229,8 +228,7 @@ def rollout(
     if generator is None:  # greedy decoding has no temperature
         policy = replace(policy, temperature=1.0)
     # Read the prompts once, and keep their keys and values.
-    num_columns = batch.input_ids.shape[1] + G * max_new_tokens
-    cache = hf.Cache(layer_class_to_replicate=lambda: PreallocatedCacheLayer(num_columns))
+    cache = hf.Cache(layer_class_to_replicate=GrowingCacheLayer)
     hidden = decode(policy, batch.input_ids, segment_ids, batch.position_ids, batch.prompts, cache)
     # All G completions start from the state of the last prompt token.
     hidden = hidden[:, -1:].expand(-1, G, -1)  # [B, G, H]

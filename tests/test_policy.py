@@ -76,6 +76,17 @@ def test_packed_pass_rollout_and_plain_model_agree(policy):
             assert torch.allclose(packed[b, g, :length], plain, atol=1e-5)
 
 
+def test_the_cache_of_a_long_rollout_grows_and_forgets_nothing(policy):
+    """The cache has room for 32 tokens more than it holds: 70 tokens fill it twice. No token stops a reply."""
+    policy = replace(policy, stop_ids=policy.stop_ids[:0])
+    for G in (1, 3):
+        batch = collate(policy, prompts(policy, 2))
+        rollouts = rollout(policy, batch, G, 70, torch.Generator().manual_seed(0))
+        assert rollouts.mask.sum() == 2 * G * 70
+        logps = token_logps(policy, batch, rollouts.tokens, rollouts.mask)
+        assert torch.allclose(logps, rollouts.logps, atol=1e-5)
+
+
 def test_the_adapter_gradient_equals_that_of_one_completion_per_row(policy):
     with_pixels, batch, rollouts = sampled(policy)
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
