@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -266,11 +266,14 @@ def optimizer_step(
     return metric_sums | {"grad_norm": grad_norm, "skipped": float(not applied)}
 
 
-def micro_batch_slices(cfg: Config) -> list[list[slice]]:
-    """The prompts of each optimizer step of a rollout, as slices that fit in one pass."""
+def micro_batch_slices(num_prompts: int, cfg: Config) -> list[list[slice]]:
+    """The prompts of each optimizer step of a rollout, as slices that fit in one pass.
+
+    num_prompts: those of the rollout whose groups are finite, cfg.prompts at most.
+    """
     # Rounded up: without the groups that are not finite there may be a remainder.
-    step_size, size = math.ceil(cfg.prompts / cfg.updates), cfg.micro_batch
-    updates = [(i, min(i + step_size, cfg.prompts)) for i in range(0, cfg.prompts, step_size)]
+    step_size, size = math.ceil(num_prompts / cfg.updates), cfg.micro_batch
+    updates = [(i, min(i + step_size, num_prompts)) for i in range(0, num_prompts, step_size)]
     return [[slice(i, min(i + size, end)) for i in range(start, end, size)] for start, end in updates]
 
 
@@ -281,7 +284,7 @@ def update_policy(
 ) -> dict[str, float]:  # fmt: skip
     """All optimizer steps on one rollout; returns the mean of their metrics."""
     prompts, updates, update_metrics = [example.prompt for example in batch], [], []
-    for slices in micro_batch_slices(replace(cfg, prompts=len(prompts))):
+    for slices in micro_batch_slices(len(prompts), cfg):
         parts = [(collate(policy, prompts[s]), rollouts.select(s), advantages[s], None) for s in slices]
         # With several steps per rollout, π_old is the policy before the first of them.
         if cfg.updates * cfg.iterations > 1:

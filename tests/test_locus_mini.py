@@ -204,7 +204,7 @@ class NoStep:
 
 def gradients(policy, batch, rollouts, advantages, cfg: Config, old) -> list[torch.Tensor]:
     trainable_params = [p for p in policy.model.parameters() if p.requires_grad]
-    (slices,) = micro_batch_slices(cfg)
+    (slices,) = micro_batch_slices(cfg.prompts, cfg)
     parts = [(collate(policy, batch.prompts[s]), rollouts.select(s), advantages[s], old[s]) for s in slices]
     optimizer_step(policy, NoStep(trainable_params), parts, cfg)
     return [p.grad.clone() for p in trainable_params]
@@ -275,7 +275,7 @@ def test_the_log_has_the_mean_gap_and_the_mean_ratio_over_tokens(beta):
 
 def test_a_rollout_is_split_into_updates_and_an_update_into_micro_batches():
     cfg = replace(CFG, prompts=12, updates=3, micro_batch=3)
-    updates = [[list(range(12))[s] for s in slices] for slices in micro_batch_slices(cfg)]
+    updates = [[list(range(12))[s] for s in slices] for slices in micro_batch_slices(12, cfg)]
     assert updates == [[[0, 1, 2], [3]], [[4, 5, 6], [7]], [[8, 9, 10], [11]]]
 
 
