@@ -188,8 +188,8 @@ def predict_hours(model: torch.nn.Module, cfg: Config, card: str) -> tuple[float
     rows = min(cfg.micro_batch, cfg.prompts // cfg.updates)
     columns = P + cfg.num_generations * T * MEAN_LENGTH
     learning = cfg.updates * ceil(cfg.prompts / cfg.updates / rows) * passes * forward(rows, columns, columns)
-    # Before and after; of scenes six replies a cue (heldout.evaluate), and two for the baselines.
-    replies = cfg.eval_cues * (2 * 6 + 2 if cfg.data == "scenes" else 2)
+    # Before and after; of scenes eight replies a cue (heldout.evaluate), and two for the baselines.
+    replies = cfg.eval_cues * (2 * 8 + 2 if cfg.data == "scenes" else 2)
     if cfg.eval_every:  # and while training
         replies += cfg.steps // cfg.eval_every * (NUM_CUES + NUM_QUESTIONS * (cfg.data == "scenes"))
     batch = default_batch_size(SimpleNamespace(device=torch.device("cuda")))

@@ -60,9 +60,9 @@ def test_an_infinitely_fast_gpu_still_waits_for_python(monkeypatch):
     assert plain == pytest.approx(10 * (2 * rollout + 7 * 2) * layer), "nothing runs again"
     four = hours(card, **flags, beta=0, updates=4)[0]  # of five prompts each, with a pass for π_old
     assert four == pytest.approx(10 * (2 * rollout + 4 * 2 * 4) * layer)
-    # On scenes there are six replies a cue before and after, and two for the baselines.
+    # On scenes there are eight replies a cue before and after, and two for the baselines.
     scenes = hours(card, **flags, data="scenes")[1]
-    assert scenes == pytest.approx(ceil(14 * 30 / 32) * 101 * layer)
+    assert scenes == pytest.approx(ceil(18 * 30 / 32) * 101 * layer)
 
 
 def test_a_slow_memory_waits_for_the_bytes_of_weights_and_cache(monkeypatch):
