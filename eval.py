@@ -131,7 +131,7 @@ def scenes_task(session: Session) -> dict[str, Any]:
     prompts = [[prompts[i] for i in indices]] * len(model_scores)
     draw_heat_maps(session, rows, prompts, [*TITLES.values()][: len(model_scores)])
     with policy.reference():
-        rules = baselines(policy, held, longest, session.cache)
+        rules = baselines(policy, held, longest, session.cache, batch)
     return finish(model_scores, {"baselines": rules})
 
 

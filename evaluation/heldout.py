@@ -235,7 +235,9 @@ def evaluate(
     return scores
 
 
-def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None) -> dict[str, float]:
+def baselines(
+    policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None, batch=None
+) -> dict[str, float]:
     """Mean IoU of cue search by rules that need no visual search.
 
     The whole image as the box; a centred box of the mean cue's size; and on scenes, where the model can name
@@ -249,7 +251,7 @@ def baselines(policy: Policy, held: HeldOutSet, max_new_tokens: int, cache=None)
     summary["centre_box"] = mean(iou(*boxes) for boxes in centred)
     if not held.find_prompts:
         return summary
-    processor, limits = policy.processor, (max_new_tokens, default_batch_size(policy))
+    processor, limits = policy.processor, (max_new_tokens, batch or default_batch_size(policy))
     generate = partial(cached_generate, policy, {} if cache is None else cache, limits=limits)
     text, images = prompt_text(processor.family, "name"), [prompt.images for prompt in held.cue_prompts]
     replies = generate("names", [encode(processor, text, *pair) for pair in images])

@@ -24,7 +24,7 @@ class Session:
     """What every task of eval.py needs."""
 
     policy: Policy
-    processor: Processor  # images up to the checkpoint's own limits; the policy's has those of training
+    processor: Processor  # images up to the checkpoint's own limits; the policy's has its family's
     args: argparse.Namespace
     cache: ReplyCache
     folder: Path  # of results.json
@@ -57,9 +57,9 @@ def open_session(args: argparse.Namespace) -> Session:
     size = policy.processor.image_processor.size
     family = replace(policy.processor.family, image_pixels=(size["shortest_edge"], size["longest_edge"]))
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}
-    inputs = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.image)
+    files = (model_folder(args.model), args.adapter, args.data, args.annotations, args.images, args.exclude)
     # Files that change under the same name make other replies, so their dates are settings too.
-    existing = [path for path in inputs if path is not None and Path(path).exists()]
+    existing = [path for path in (*files, args.image) if path is not None and Path(path).exists()]
     settings |= {f"{path} as of": fingerprint(file_stats(Path(path)).values()) for path in existing}
     name = f"{args.task}-{fingerprint([json.dumps(settings, sort_keys=True).encode()])}"
     folder = args.out or (args.adapter.parent if args.adapter else Path("runs") / "eval") / name

@@ -231,6 +231,19 @@ def test_cue_search_on_photos_by_size(tmp_path):
     assert sum(part["n"] for part in results["before"]["cue_by_size"].values()) == 5
 
 
+def test_an_edited_list_of_ids_to_exclude_is_another_setting(tmp_path, capsys):
+    """Other ids leave other cues: replies to the old ones must not be scored against the new boxes."""
+    photos, ids, out = tmp_path / "photos", tmp_path / "ids.txt", tmp_path / "out"
+    photos.mkdir()
+    for i in range(30):
+        noise((320, 240), i).save(photos / f"{i}.png")
+    ids.write_text("1\n")
+    arguments = ("cues", "--data", photos, "--exclude", ids, "--n", 1, "--out", out)
+    assert run(*arguments)[0] == 0
+    ids.write_text("1\n2\n")
+    assert run(*arguments)[0] == 2 and "ids.txt as of" in capsys.readouterr().err
+
+
 def test_ask_about_an_image_of_ones_own(adapter, tmp_path, capsys):
     scene_cues(CueConfig(), "heldout", 9)[0].image.save(tmp_path / "mine.png")
     flags = ("--adapter", adapter, "--out", tmp_path / "out")
