@@ -281,7 +281,7 @@ def main() -> None:
             fetch_images(cfg, **args)
         else:
             n, out = args.pop("n"), args.pop("out")
-            if out.suffix not in SUFFIXES:
+            if out.suffix.lower() not in SUFFIXES:
                 raise UserError(f"--out {out} is not the name of an image: give one that ends in .png.")
             contact_sheet(open_cues(**args, split="train", cfg=cfg), n).save(out)
             print(out)

@@ -22,6 +22,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes content as JSON. Until the new file is complete and on the disk, `path` is the old one."""
     new_path = path.with_name(f"{path.name}.new")
@@ -80,10 +85,10 @@ def is_run_folder(folder: Path, names: list[str]) -> bool:
 def file_stats(path: Path) -> dict[str, bytes]:
     """Name, size and modification time of a file, or of each file in a folder, by its name below the folder.
 
-    Model cards (.md) and reply caches (.jsonl) in a folder do not count: they change without the model.
-    Neither does a link to a file that does not exist.
+    Model cards (.md) and reply caches (.jsonl) in a folder do not count: they change without the model. As
+    `path` itself, such a file does. A link to a file that does not exist never counts.
     """
-    files = [file for file in visible_files(path) if "." in file.name] if path.is_dir() else [path]
-    counted = [file for file in sorted(files) if file.suffix not in (".md", ".jsonl") and file.exists()]
-    stats = {file.relative_to(path).as_posix(): (file.name, file.stat()) for file in counted}
+    files = sorted(visible_files(path)) if path.is_dir() else [path]
+    counted = [f for f in files if f == path or ("." in f.name and f.suffix not in (".md", ".jsonl"))]
+    stats = {f.relative_to(path).as_posix(): (f.name, f.stat()) for f in counted if f.exists()}
     return {key: repr((name, s.st_size, s.st_mtime_ns)).encode() for key, (name, s) in stats.items()}

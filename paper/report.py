@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.scores import markdown_table, mean, paired
-from files.disk import write_json
+from files.disk import read_json, write_json
 from files.errors import exit_on_error
-from paper.verdicts import BASE, HERE, TWIN_TESTS, change_cell, claim_row, collect, folder_flag, read_json
+from paper.verdicts import BASE, HERE, TWIN_TESTS, change_cell, claim_row, collect, folder_flag
 from tiny.scenes import KINDS, SIDES
 
 # Column of the table of rows: list of samples, or the KL.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.scores import mean
-from files.disk import read_lines, sha256
+from files.disk import read_json, read_lines, sha256
 from files.errors import FlagParser, UserError, exit_on_error
 
 HERE = Path(__file__).parent
@@ -27,11 +27,6 @@ ATTEMPTS = HERE.parent / "docs" / "attempts.jsonl"
 BASE = "base"  # the row of a base itself: one seed, no steps
 TWIN_TESTS = {"forced": "forced choice", "forced_described": "told the detail", "swap": "both crops found"}
 Rows = dict[str, dict[str, list[dict]]]  # base: row: the content of the files of its seeds
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def plan(protocol: dict[str, Any]) -> list[tuple[str, str, int]]:

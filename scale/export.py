@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from data import Cue, CueConfig, cue_flags, open_cues
 from files.checkpoints import read_processors
-from files.disk import continue_lines, file_stats, fingerprint, write_json
+from files.disk import continue_lines, file_stats, fingerprint, read_json, write_json
 from files.errors import FlagParser, UserError, exit_on_error, one_or_more
 from models import read_family
 from prompts import PROMPTS, QWEN2_5, QWEN3, BoxFrame, Family, box_frame, prompt_text
@@ -145,7 +145,7 @@ def save_full(cue: Cue, out: Path, name: str, folder: Path | None) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of an export, or UserError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{path} is missing or damaged: run python -m scale.export with a new DIR.") from None
 

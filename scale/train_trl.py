@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on an export of the loop's cues, with the loop's reward and the paper's values.
 
-All flags of TRL's GRPOConfig work too; their defaults are the paper's (Table 8, and PAPER §4).
+All flags of TRL's GRPOConfig work too; their defaults are the paper's (Table 8, and docs/paper_ledger.md).
     python -m scale.export cues --format trl --model Qwen/Qwen2.5-VL-7B-Instruct --data coco …
     accelerate launch --config_file scale/one_machine.yaml --module scale.train_trl cues --model Qwen/…
 """

@@ -7,7 +7,6 @@ name after a dollar sign for each field.
 
 import base64
 import io
-import json
 import re
 import shlex
 import time
@@ -23,7 +22,7 @@ from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import summarize, table
 from files.checkpoints import check_device
-from files.disk import read_lines, sync, write_json
+from files.disk import read_json, read_lines, sync, write_json
 from files.errors import UserError, exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
 from policy import Policy
@@ -149,7 +148,7 @@ def write_model_card(folder: Path, policy: Policy, scores: str) -> None:
     path: a resumed run writes the same bytes, and readers on the hub learn nothing about the folders of a
     computer.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     shown = {name: PurePath(v).name if isinstance(v, str) else v for name, v in config.items()}
     changed = [f.name for f in fields(Config) if config[f.name] != f.default and f.name not in NOT_LISTED]
     rows = [f"| `{settings.flag_of(name)}` | {shown[name]} | {config['origin'][name]} |" for name in changed]
@@ -171,7 +170,7 @@ def write_model_card(folder: Path, policy: Policy, scores: str) -> None:
 
 def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
     names += ("cue_prompt",)
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
@@ -233,7 +232,7 @@ def page(folder: Path) -> str:
 
     Where the data of the run is missing or has changed, the page has no image of a cue.
     """
-    config, problem = json.loads((folder / "config.json").read_text(encoding="utf-8")), ""
+    config, problem = read_json(folder / "config.json"), ""
     try:
         cues, heldout_cues, files = open_run_cues(Config(**settings.stored_flags(config)))
         if change := run_folder.first_change((folder / "inputs.json").read_text(encoding="utf-8"), files):

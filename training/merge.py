@@ -3,8 +3,8 @@
     python -m training.merge ADAPTER OUT [--base FOLDER] [--cpu]
 
 What differs from PEFT's merge_and_unload:
-- The merge loads no model. The weight files are copied, and each merged weight is written over its copy: one
-  weight is in memory at a time, and names, index and tied weights stay those of the base.
+- The weight files are copied, and each merged weight is written over its copy, so names, index and tied
+  weights stay those of the base. Only the comparison loads models.
 - It merges into the unquantised weights, although most adapters are trained on 4-bit ones.
 - OUT exists only if its log-probabilities are those of base + adapter. Of the models that this compares, one
   is in memory at a time.

@@ -5,7 +5,7 @@ config.json              every setting
 answers.jsonl            replies of the base model, later of the trained one, each as soon as it is generated
 metrics.jsonl            one line per step
 completions.jsonl        one group every --show-every steps, with the box and the reward of each completion
-evaluations.jsonl        with --eval-every, one line per evaluation
+evaluations.jsonl        with --eval-every, one line per evaluation; evaluation.png shows the last one
 adapter-best             with --eval-every, the adapter of the highest eval/iou, the earlier of two equal ones
 tensorboard, wandb       with --report-to
 checkpoints/step-NNNNNN  adapter and optimizer after N steps; the last two are kept
@@ -41,7 +41,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.coco import read_input
-from files.disk import continue_lines, file_stats, fingerprint, read_lines, sync, write_json
+from files.disk import continue_lines, file_stats, fingerprint, read_json, read_lines, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
@@ -86,8 +86,7 @@ def write_config(folder: Path, stored: Any, cfg: Config, origin: dict, inputs: d
         tracker = {} if cfg.report_to == "none" else {"tracker_run": uuid4().hex[:8]}
         write_json(path, asdict(cfg) | inputs | {"origin": origin, "versions": versions()} | tracker)
         return origin
-    old_path = files_path if files_path.exists() else None  # runs of older versions have none
-    change = read_input("resume", old_path, "inputs.json of a run", partial(first_change, new=files))
+    change = read_input("resume", files_path, "inputs.json of a run", partial(first_change, new=files))
     require_same_settings(path, stored, inputs, change)
     return stored["origin"]
 
@@ -120,7 +119,7 @@ def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "")
 
 def first_change(text: str, new: dict[str, dict]) -> str:
     """The input file that was added, removed or changed, or "". text: inputs.json; new: of `input_files`."""
-    old = json.loads(text or "{}")
+    old = json.loads(text)
     for path in old.keys() & new.keys():
         for name in sorted(dict(old[path].items() ^ new[path].items())):
             change = "was added" if name not in old[path] else "has changed"
@@ -219,7 +218,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
         return 0
     last = found[-1]
     try:
-        saved = json.loads((last / "state.json").read_text(encoding="utf-8"))
+        saved = read_json(last / "state.json")
         require_same_settings(last, saved, state)
         if changed := [name for name, checksum in checksums(last).items() if saved[name] != checksum]:
             raise ValueError(f"{changed[0]} is not as it was written")
@@ -306,7 +305,7 @@ def open_tracker(cfg: Config, folder: Path, first_step: int) -> Iterator[Callabl
     elif cfg.report_to == "wandb":
         import wandb
 
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         names = {"project": os.environ.get("WANDB_PROJECT", "locus-mini"), "name": folder.name}
         try:
             run = wandb.init(id=config["tracker_run"], resume="allow", dir=folder, config=config, **names)

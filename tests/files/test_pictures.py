@@ -342,6 +342,13 @@ def test_what_is_no_input_changes_nothing(kind, tmp_path):
     assert photos.open("dangling.png") is None and photos.left_out.reasons == {"missing": 1}
 
 
+def test_a_file_that_is_named_counts_whatever_its_ending(tmp_path):
+    """BabyVision's data are a meta_data.jsonl: in a folder it could be the reply cache of a run."""
+    file = tmp_path / "meta_data.jsonl"
+    file.write_text("{}")
+    assert list(file_stats(file)) == ["."] and not file_stats(tmp_path)
+
+
 def test_a_run_folder_itself_can_be_the_input(tmp_path):
     noise(SIZE, 0).save(tmp_path / "1.png")
     (tmp_path / "metrics.jsonl").touch()
