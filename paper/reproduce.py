@@ -33,16 +33,20 @@ from evaluation.twins import add_twins, measure_twins
 from files.disk import continue_lines, fingerprint, read_lines, sha256, write_json
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more
 from locus_mini import train
-from models import add_lora, load_policy
+from models import load_policy
 from paper import report, verdicts
 from paper.variants import VARIANTS, variant_flags
 from policy import Policy, collate, rollout, run_text
 from prompts import EncodedPrompt
 from tiny.scenes import SIDES
+from training.experiment import prepare
 from training.run_folder import lock_run_folder, versions
-from training.settings import read_flags, resolve
+from training.settings import read_flags
 
 RUNS = verdicts.HERE.parent / "runs"
+# No flags of an attempt: its model, and what changes the prompts that every row is measured on.
+FIXED = {"model", "data", "annotations", "images", "exclude", "expressions", "out", "resume", "dry_run"}
+FIXED |= {"image_pixels", "crop_pixels", "crop_min_pixels", "cue_prompt", "box_frame", "load_in_4bit"}
 
 # ---------------------------------------------------------------- the KL of a row
 
@@ -105,9 +109,8 @@ def run_row(row: Row) -> dict[str, Any]:
     if row.out.exists():
         return verdicts.read_row(row.out, row.protocol)
     torch.set_num_threads(1)
-    start, policy, task = time.monotonic(), load_policy(row.model), VARIANTS[row.variant].task
-    cfg, _ = resolve(variant_flags(row.variant, {"show_every": 0} | row.flags), policy.processor.family)
-    policy = add_lora(policy, cfg.lora_rank, cfg.seed)
+    start, task = time.monotonic(), VARIANTS[row.variant].task
+    policy, cfg, _ = prepare(variant_flags(row.variant, {"model": row.model, "show_every": 0} | row.flags))
     cues = open_cues("scenes", "train", cfg.seed, CueConfig(cfg.source, cfg.tiny_ratio))
     row.folder.mkdir(parents=True, exist_ok=True)
     state = {"task": row.variant, "protocol": row.protocol} | {k: str(v) for k, v in asdict(cfg).items()}
@@ -147,16 +150,16 @@ def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[
     """
     protocol = verdicts.read_json(verdicts.HERE / "protocol.json")
     development, weights = protocol["development"], sha256(Path(model) / "model.safetensors")
-    if foreign := flags.keys() & {"model", "data", "out", "resume", "dry_run"}:
-        raise UserError(f"--{foreign.pop().replace('_', '-')} is no flag of an attempt: leave it out.")
+    if foreign := sorted(flags.keys() & FIXED):
+        raise UserError(f"--{foreign[0].replace('_', '-')} is no flag of an attempt: leave it out.")
     seeds = [flags.pop("seed")] if "seed" in flags else development["seeds"]
     if taken := {*seeds} & {*protocol["seeds"]}:
         raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")
     settings, contents = {"steps": protocol["steps"]} | flags, []
     for name, run_flags in (("locus", {"steps": 0}), *((variant, settings | {"seed": s}) for s in seeds)):
         # Its folder is named by all that a run depends on, so no run is made twice.
-        parts = (weights, name, str(sorted(run_flags.items())), str(development["measured"]))
-        folder = RUNS / "attempts" / fingerprint(map(str.encode, parts))
+        parts = (weights, name, run_flags, development["measured"], versions())
+        folder = RUNS / "attempts" / fingerprint([json.dumps(parts, sort_keys=True).encode()])
         row = Row(model, name, run_flags, development["measured"], folder, folder / "row.json.gz")
         contents.append(run_row(row))
     base, *runs = contents

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Cue, CueConfig, encode_cue, open_cues
 from evaluation.heldout import is_right, target_object
@@ -121,9 +121,10 @@ def rollout_ground_truth(
         thought = f"<think> {rationale(example, wrong_share)}".rstrip()
         text = f"{thought}</think><answer>{example.prompt.frame.to_text(example.cue.box)}</answer>"
         texts.append(text.removeprefix(opening) + tokenizer.eos_token)
-    kwargs = dict(padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
-    encoded = tokenizer(texts, **kwargs).to(policy.device)
-    tokens, mask = encoded.input_ids[:, None], encoded.attention_mask.bool()[:, None]  # [B, 1, T]
+    # Padded here: the tokenizer's own padding is a state that it shares with the thread of locus_mini.train.
+    ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts]
+    tokens = nn.utils.rnn.pad_sequence(ids, True, tokenizer.pad_token_id)[:, None].to(policy.device)
+    mask = tokens != tokenizer.pad_token_id  # [B, 1, T]: no text holds a padding token
     logps, finished = torch.zeros(tokens.shape, device=policy.device), mask.any(-1)  # [B, 1, T], [B, 1]
     return Rollout(tokens, mask, logps, finished, finished[:, 0])
 

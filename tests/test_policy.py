@@ -77,7 +77,7 @@ def test_packed_pass_rollout_and_plain_model_agree(policy):
 
 
 def test_the_cache_of_a_long_rollout_grows_and_forgets_nothing(policy):
-    """The cache has room for 32 tokens more than it holds: 70 tokens fill it twice. No token stops a reply."""
+    """It has room for 32 tokens more at a time: 70 tokens fill it twice. No token stops a reply."""
     policy = replace(policy, stop_ids=policy.stop_ids[:0])
     for G in (1, 3):
         batch = collate(policy, prompts(policy, 2))

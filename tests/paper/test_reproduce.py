@@ -202,7 +202,9 @@ def test_an_attempt_is_a_line_with_its_figures(base, tmp_path, short_protocol, m
         assert name in line["figures"]
 
 
-@pytest.mark.parametrize("flags", ["--seed 31", "--out x", "--model tiny", "--dry-run"])
+@pytest.mark.parametrize(
+    "flags", ["--seed 31", "--out x", "--model tiny", "--dry-run", "--image-pixels 4096", "--images x"]
+)
 def test_an_attempt_stays_away_from_the_run_that_decides(flags, base, short_protocol, monkeypatch, capsys):
     command = ["reproduce.py", "--attempt", "x", "--base-a", str(base)]
     monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
