@@ -136,19 +136,15 @@ def object_in_cell(scene: Scene, cell: int) -> SceneObject | None:
     return max(shown, key=lambda o: fraction(window, o.box), default=None)
 
 
-def is_salient(scene_object: SceneObject) -> bool:
-    """True for the objects that the text model is asked about: not the tiny ones."""
-    return scene_object.size != "tiny"
-
-
 def draw_turn(rng: random.Random, example: Example, turns: dict[str, float]) -> Turn:
     """A turn about an example; turns: how often it is of each kind."""
     (scene, scene_tokens, crops), words = example, 0
     images = [scene_tokens]
     kind = rng.choices(list(turns), list(turns.values()))[0]
-    possible = [q for q in scenes.questions(scene) if q.kind == kind and is_salient(q.evidence)]
+    # The text model is asked about salient objects alone: not the tiny ones.
+    possible = [q for q in scenes.questions(scene) if q.kind == kind and q.evidence.size != "tiny"]
     # What can be found: an object; or, if the prompt tells which one Image 2 shows, that one and its crop.
-    found = [x for x in (crops if kind == "told" else [(o,) for o in scene.objects]) if is_salient(x[0])]
+    found = [x for x in (crops if kind == "told" else [(o,) for o in scene.objects]) if x[0].size != "tiny"]
     if possible:
         q = rng.choice(possible)
         text, answer, words, shown = q.text, f" {q.answer}", 2, q.evidence
