@@ -214,9 +214,8 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, optimizer: Any, state: 
     """
     for incomplete in folder.glob("checkpoints/*.new"):  # left by a kill
         shutil.rmtree(incomplete, ignore_errors=True)
-    if not (found := checkpoints(folder)):
+    if (last := max(checkpoints(folder), default=None)) is None:
         return 0
-    last = found[-1]
     try:
         saved = read_json(last / "state.json")
         require_same_settings(last, saved, state)
