@@ -118,9 +118,8 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
-    folder = folder_flag(__doc__)
     with exit_on_error("run python -m paper.reproduce first"):
-        write(folder)
+        write(folder_flag(__doc__))
 
 
 if __name__ == "__main__":

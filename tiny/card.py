@@ -90,9 +90,8 @@ def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help="folder of the embedded model (default tiny/model)")
     parser.add_argument("--n", type=one_or_more, default=900, help="cues a row (default 900)")
-    args = parser.parse_args()
     with exit_on_error():
-        write_card(args.model, args.n)
+        write_card(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
