@@ -203,13 +203,12 @@ def questions(scene: Scene) -> list[Question]:
         if sum(other.color == color for other in scene.objects) == 1:
             text = f"What shape is the {color} object?"
             unambiguous.append(Question("shape", text, scene_object.shape, scene_object))
-        if not scene.is_unique(scene_object):
-            continue
-        text = f"What is inside the {name}?"
-        unambiguous.append(Question("detail", text, scene_object.core, scene_object))
-        if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) >= 8:
-            place = PLACES[2 * (y > SIDE / 2) + (x > SIDE / 2)]
-            unambiguous.append(Question("place", f"Where is the {name}?", place, scene_object))
+        if scene.is_unique(scene_object):
+            text = f"What is inside the {name}?"
+            unambiguous.append(Question("detail", text, scene_object.core, scene_object))
+            if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) >= 8:
+                place = PLACES[2 * (y > SIDE / 2) + (x > SIDE / 2)]
+                unambiguous.append(Question("place", f"Where is the {name}?", place, scene_object))
     return unambiguous
 
 
