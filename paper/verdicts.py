@@ -83,7 +83,7 @@ def contrast(after: list[list[float]], before: list[list[float]] | float = 0) ->
     """The change of the same samples in points of 100, with its intervals and its p-value.
 
     after, before: a list for each of S seeds, of n samples each, paired seed by seed and sample by sample.
-    Without `before` it is the mean itself.
+    A base has one run, which every seed is compared with. Without `before` it is the mean itself.
     SE² = s²(scene means) / n + s²(seed means) / S, with Satterthwaite's degrees of freedom
     df = SE⁴ / Σ part² / (number − 1).
     """
@@ -115,9 +115,7 @@ def estimate(claim: dict[str, Any], rows: dict[str, list[dict]]) -> dict[str, An
     row, other, metric = rows[claim["row"]], rows[claim["other"]], claim["metric"]
     after = samples_of(row, metric, claim["sizes"])
     before = samples_of(other, claim.get("other_metric", metric), claim["sizes"])
-    # A base has one run, which every seed is compared with.
-    entry = contrast(after, before * (len(after) // len(before)))
-    return entry | {"kl": [mean(run["kl"]["all"] for run in runs) for runs in (row, other)]}
+    return contrast(after, before) | {"kl": [mean(run["kl"]["all"] for run in runs) for runs in (row, other)]}
 
 
 def holm(p_values: list[float]) -> list[float]:
