@@ -150,8 +150,7 @@ def read_processors(name: str, config: Any) -> tuple[Any, Any, str]:
         image_processor = hf.AutoImageProcessor.from_pretrained(folder, **no_code)
         if getattr(image_processor, "patch_size", None) != config.vision_config.patch_size:
             raise ValueError("the image processor does not cut images into the patches of the model")
-    thinks = prompt.rstrip().endswith("<think>")
-    return tokenizer, image_processor, prompt[prompt.rindex("<think>") :] if thinks else ""
+    return tokenizer, image_processor, re.search(r"(<think>\s*)?\Z", prompt)[0]
 
 
 def weight_file_names(folder: Path) -> list[str]:
