@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import FlagParser, UserError, exit_on_error, model_folder, one_or_more, require_file
-from training.settings import FRAMES, SOURCES, prepare_torch, read_cue_prompt
+from training import settings
 
 
 def read_flags() -> argparse.Namespace:
@@ -32,19 +32,22 @@ def read_flags() -> argparse.Namespace:
     from evaluation.benchmarks import BENCHMARKS
 
     parser, task_names = FlagParser(description=__doc__), ("scenes", "cues", "ask", "report", *BENCHMARKS)
+    # The flags of cues are those of training: an adapter is measured as it was trained.
     parser.add_argument("task", choices=task_names, metavar="TASK", help=", ".join(task_names))
     parser.add_argument("image", type=Path, nargs="?", help="image of the task ask; run folder of report")
     parser.add_argument("question", nargs="?", help="question of the task ask")
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
     parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default on CUDA")
-    parser.add_argument("--cpu", action="store_true", default=None, help="run on the CPU, also a large model")
-    parser.add_argument("--box-frame", choices=FRAMES, help="of the model's boxes")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, help="also a large model: slow")
+    parser.add_argument("--box-frame", choices=settings.FRAMES, help="of the model's boxes")
     parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
     for name in ("annotations", "images", "exclude"):
-        parser.add_argument(f"--{name}", type=Path, help="of COCO, as for training")
-    parser.add_argument("--source", choices=SOURCES[:3], default="object", help="of cues, as for training")
-    parser.add_argument("--cue-prompt", type=read_cue_prompt, metavar="FILE", help="of cues, as for training")
+        parser.add_argument(f"--{name}", type=Path, help="of COCO")
+    parser.add_argument("--source", choices=settings.SOURCES[:3], default="object", help="of cues")
+    parser.add_argument("--cue-prompt", type=settings.read_cue_prompt, metavar="FILE", help="of cues")
+    for name in settings.PIXELS:
+        parser.add_argument(settings.flag_of(name), type=one_or_more, help="of cues and scenes")
     parser.add_argument("--n", type=one_or_more, help="samples (default scenes 1000, cues 500, else all)")
     parser.add_argument("--seed", type=int, default=0, help="of held-out scenes; training uses 0")
     parser.add_argument("--max-new-tokens", type=one_or_more, help="of a reply")
@@ -58,6 +61,8 @@ def read_flags() -> argparse.Namespace:
         if args.image is None:
             raise UserError("eval.py report needs the folder of a run: eval.py report runs/first")
         require_file("The run", args.image / "config.json")
+    elif args.image is not None and args.task != "ask":
+        raise UserError(f"eval.py {args.task} takes no {args.image}: leave it out, or name it with a flag.")
     elif args.task not in ("scenes", "ask") and args.data is None:
         raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
     require_file("The picture", args.image)
@@ -72,7 +77,7 @@ def read_flags() -> argparse.Namespace:
 if __name__ == "__main__":  # --help, a wrong flag or a missing file: answer before torch takes its seconds
     with exit_on_error():
         read_flags()
-        prepare_torch()
+        settings.prepare_torch()
 
 from data import CueConfig, open_cues, scene_cues
 from evaluation import attention, twins
@@ -251,6 +256,10 @@ def main() -> None:
         if (args := read_flags()).task == "report":
             return write_report(args.image)
         session = open_session(args)
+        # Images as large as in training: the policy's prompts are those of cues and scenes.
+        given = {name: value for name in settings.PIXELS if (value := getattr(args, name))}
+        processor = session.policy.processor
+        processor.family = settings.fit_family(processor.family, settings.resolve(given, processor.family)[0])
         write_json(session.folder / "results.json", tasks.get(args.task, benchmark_task)(session))
         print(f"results are in {session.folder}")
 

@@ -232,7 +232,7 @@ def test_cue_search_on_photos_by_size(tmp_path):
 
 
 def test_an_edited_list_of_ids_to_exclude_is_another_setting(tmp_path, capsys):
-    """Other ids leave other cues: replies to the old ones must not be scored against the new boxes."""
+    """Other ids can leave other cues: replies to the old ones must not be scored against new boxes."""
     photos, ids, out = tmp_path / "photos", tmp_path / "ids.txt", tmp_path / "out"
     photos.mkdir()
     for i in range(30):
@@ -282,6 +282,8 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
         (["pope"], "--data"),
         (["pope", "--data", "nowhere.tsv"], "nowhere.tsv"),
         (["scenes", "--n", "0"], "--n: 0"),
+        (["scenes", "photos/"], "takes no photos"),
+        (["cues", "--data", ".", "--crop-pixels", "9", "--crop-min-pixels", "10"], "--crop-min-pixels 10"),
         (["scenes", "--adapter", "nowhere"], "nowhere"),
         (["cues", "--data", "nowhere"], "nowhere"),
         (["scenes", "--cue-prompt", "nowhere.txt"], "nowhere.txt"),

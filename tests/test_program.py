@@ -178,7 +178,7 @@ def test_the_printed_command_repeats_the_flags_of_the_run(tmp_path, monkeypatch)
     flags = {
         "model": str(folder / "model"),
         "load_in_4bit": False,
-        "cpu": True,
+        "cpu": False,
         "data": "coco",
         "annotations": annotations,
     }
@@ -326,12 +326,30 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
     for i in range(30):
         cue = scene_cues(CueConfig(), "train", 3)[i]
         cue.image.resize((300, 200), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path), "--out", str(tmp_path / "r"), *SMALL])
+    images, real = [], heldout.encode_cue
+
+    def recorded(*arguments, **names):
+        images.append((prompt := real(*arguments, **names)).images)
+        return prompt
+
+    monkeypatch.setattr(heldout, "encode_cue", recorded)
+    areas = ["--image-pixels", "32768", "--crop-pixels", "2048", "--crop-min-pixels", "1024"]
+    command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "r"), *SMALL, *areas]
+    monkeypatch.setattr(sys, "argv", command)
     locus_mini.main()
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["after"]["cue"]["n"] == 6 and "questions" not in results["after"]
     flags = printed_flags(capsys.readouterr().out, "cues", monkeypatch)
     assert (flags.data, flags.adapter) == (str(tmp_path), tmp_path / "r" / "adapter")
+    # The printed command measures on the same cues, with images and crops as large as in the run.
+    of_run = len(images)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--n", "6", "--out", str(tmp_path / "scores")])
+    eval_module.main()
+    assert len(images) > of_run > 0
+    for full, crop in images:
+        assert full.pixel_values.shape[0] * 16**2 <= 32768 and crop.pixel_values.shape[0] * 16**2 <= 2048
+    scores = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert scores["after"]["cue"] == results["after"]["cue"]
 
 
 def test_presets_are_flags_that_flags_override():

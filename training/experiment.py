@@ -48,10 +48,8 @@ def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
     check_device(model, *device_and_dtype(cpu), cpu)
     policy = load_policy(model, flags.get("load_in_4bit"), flags.get("box_frame"), dtype, cpu)
     cfg, origin = resolve(flags, policy.processor.family)
-    family = policy.processor.family
-    image_range = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
-    crop_range, text = (cfg.crop_min_pixels, cfg.crop_pixels), settings.read_cue_prompt(cfg.cue_prompt)
-    policy.processor.family = replace(family, image_pixels=image_range, crop_pixels=crop_range, cue_text=text)
+    family = settings.fit_family(policy.processor.family, cfg)
+    policy.processor.family = replace(family, cue_text=settings.read_cue_prompt(cfg.cue_prompt))
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     policy.temperature = cfg.temperature
@@ -172,7 +170,7 @@ def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
     config = read_json(folder / "config.json")
     names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
-    names += ("cue_prompt",)
+    names += ("cue_prompt", *settings.PIXELS)
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
     flags = as_arguments({"adapter": folder / "adapter"} | given)
     tasks = [["scenes" if config["data"] == "scenes" else "cues"]]

@@ -4,12 +4,13 @@ import importlib.util
 import os
 import re
 from argparse import SUPPRESS, BooleanOptionalAction
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from files.errors import FlagParser, UserError, model_folder, require_file
 
+PIXELS = ("image_pixels", "crop_pixels", "crop_min_pixels")  # areas that prompts of cues are made with
 MEMORY = ("rollout_batch", "micro_batch", "gradient_checkpointing")  # may change when a run is resumed
 LOSSES = ("token_mean", "grpo", "dr_grpo")
 SOURCES = ("object", "random", "large", "text")  # those of data.py, which takes seconds to import
@@ -81,6 +82,12 @@ PRESETS = {
     "paper": dict(steps=400, prompts=512, updates=4, lr=1e-6, beta=0.01, decay="constant"),
     "qlora": dict(steps=400, prompts=16, lr=1e-5, beta=0.01, decay="constant"),
 }
+
+
+def fit_family(family: Any, cfg: Config) -> Any:
+    """The model's family with the areas of images and crops that the settings give."""
+    image_range = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
+    return replace(family, image_pixels=image_range, crop_pixels=(cfg.crop_min_pixels, cfg.crop_pixels))
 
 
 def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]:
