@@ -1,6 +1,6 @@
 """Every row of protocol.json, in one command: trains it, measures it, and writes RESULTS.md.
 
-    python -m paper.reproduce --base-b FOLDER    all rows on both bases (4 hours on 2 cores), into paper/
+    python -m paper.reproduce --base-b FOLDER    all rows on both bases (3 hours on 2 cores), into paper/
     python -m paper.reproduce --quick            the same in minutes, too short to mean anything: runs/quick/
     python -m paper.reproduce --attempt "why" [--base-a FOLDER] [--variant NAME] [flags of locus_mini.py]
                                                  one training run, measured on development seeds and scenes
@@ -41,12 +41,12 @@ from prompts import EncodedPrompt
 from tiny.scenes import SIDES
 from training.experiment import prepare
 from training.run_folder import lock_run_folder, versions
-from training.settings import read_flags
+from training.settings import PIXELS, read_flags
 
 RUNS = verdicts.HERE.parent / "runs"
-# No flags of an attempt: its model, and what changes the prompts that every row is measured on.
+# No flags of an attempt: its model, and what would change how every row is measured.
 FIXED = {"model", "data", "annotations", "images", "exclude", "expressions", "out", "resume", "dry_run"}
-FIXED |= {"image_pixels", "crop_pixels", "crop_min_pixels", "cue_prompt", "box_frame", "load_in_4bit"}
+FIXED |= {*PIXELS, "cue_prompt", "box_frame", "load_in_4bit", "temperature", "max_new_tokens", "eval_every"}
 
 # ---------------------------------------------------------------- the KL of a row
 
@@ -157,7 +157,7 @@ def attempt(note: str, model: str, variant: str, flags: dict[str, Any]) -> dict[
         raise UserError(f"--seed {taken.pop()} is kept for the run that decides: give another.")
     settings, contents = {"steps": protocol["steps"]} | flags, []
     for name, run_flags in (("locus", {"steps": 0}), *((variant, settings | {"seed": s}) for s in seeds)):
-        # Its folder is named by all that a run depends on, so no run is made twice.
+        # Its folder is named by all that a run depends on (its code by the commit), so none is made twice.
         parts = (weights, name, run_flags, development["measured"], versions())
         folder = RUNS / "attempts" / fingerprint([json.dumps(parts, sort_keys=True).encode()])
         row = Row(model, name, run_flags, development["measured"], folder, folder / "row.json.gz")

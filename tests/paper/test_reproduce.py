@@ -203,7 +203,8 @@ def test_an_attempt_is_a_line_with_its_figures(base, tmp_path, short_protocol, m
 
 
 @pytest.mark.parametrize(
-    "flags", ["--seed 31", "--out x", "--model tiny", "--dry-run", "--image-pixels 4096", "--images x"]
+    "flags",
+    ["--seed 31", "--out x", "--model tiny", "--dry-run", "--crop-pixels 9", "--images .", "--temperature 2"],
 )
 def test_an_attempt_stays_away_from_the_run_that_decides(flags, base, short_protocol, monkeypatch, capsys):
     command = ["reproduce.py", "--attempt", "x", "--base-a", str(base)]
