@@ -123,10 +123,10 @@ def rollout_ground_truth(
         texts.append(text.removeprefix(opening) + tokenizer.eos_token)
     # Padded here: the tokenizer's own padding is a state that it shares with the thread of locus_mini.train.
     ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts]
-    tokens = nn.utils.rnn.pad_sequence(ids, True, tokenizer.pad_token_id)[:, None].to(policy.device)
-    mask = tokens != tokenizer.pad_token_id  # [B, 1, T]: no text holds a padding token
+    tokens = nn.utils.rnn.pad_sequence(ids, True, -1)[:, None].to(policy.device)  # [B, 1, T]
+    mask = tokens >= 0  # [B, 1, T]: the padding token itself may be one that ends a text
     logps, finished = torch.zeros(tokens.shape, device=policy.device), mask.any(-1)  # [B, 1, T], [B, 1]
-    return Rollout(tokens, mask, logps, finished, finished[:, 0])
+    return Rollout(tokens.clamp_min(0), mask, logps, finished, finished[:, 0])
 
 
 def imitate_all(

@@ -78,8 +78,13 @@ def test_what_sft_imitates_is_a_perfect_completion_in_the_familys_format(tiny, b
     assert all(reward(t, (0, 0, 1, 1)).format == 1 for (t,) in decode_completions(thinking, rollouts))
 
 
-def test_sft_ends_with_the_stop_token_and_masks_its_padding(tiny, batch):
-    rollouts, tokenizer = rollout_ground_truth(tiny, batch, 0, CFG), tiny.processor.tokenizer
+@pytest.mark.parametrize("padding", ["pad_token", "eos_token"])
+def test_sft_ends_with_the_stop_token_and_masks_its_padding(tiny, batch, padding):
+    """Also with a tokenizer whose padding token is its stop token."""
+    tokenizer = tiny.processor.tokenizer
+    own, tokenizer.pad_token = tokenizer.pad_token, getattr(tokenizer, padding)
+    rollouts = rollout_ground_truth(tiny, batch, 0, CFG)
+    tokenizer.pad_token = own
     last = rollouts.mask.sum(-1) - 1
     assert (rollouts.tokens.gather(-1, last[..., None])[..., 0] == tokenizer.eos_token_id).all()
     answers = [example.prompt.frame.to_text(example.cue.box) for example in batch]
