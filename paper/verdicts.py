@@ -2,7 +2,7 @@
 
     python -m paper.verdicts [FOLDER]     computes all again from FOLDER/samples (default paper/samples)
 
-Exit code 1 where RESULTS.json or RESULTS.md says otherwise. It needs no torch, and takes seconds.
+Exit code 1 where RESULTS.json, or a verdict's line in RESULTS.md, says otherwise. It needs no torch.
 
 What differs from a typical comparison of runs:
 - A change varies with the scenes and with the training seeds, so its standard error has both parts.
