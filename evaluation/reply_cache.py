@@ -31,16 +31,17 @@ class ReplyCache(dict):
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         """Reads the entries of a killed run; UserError for a file of other settings or of another kind."""
-        super().__init__()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = read_lines(path)
             stored, *entries = lines or [settings]
             differing = [name for name in settings | stored if settings.get(name) != stored.get(name)]
-            entries = {str(key): value for key, value in entries}
+            # Without the prompts that memory was too small for: they are tried again.
+            entries = {str(key): v for key, v in entries if v and not (isinstance(v, list) and v[0] is None)}
             if differing:
                 changes = ", ".join(f"{key}: {stored.get(key)}, not {settings.get(key)}" for key in differing)
                 raise UserError(f"{path} is of other settings ({changes}): give those, or another folder.")
+            super().__init__(entries)
             self.file = continue_lines(path, len(lines))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from None
@@ -48,10 +49,6 @@ class ReplyCache(dict):
             raise UserError(f"{path} is not a file of replies ({error}): give another --out.") from None
         if not lines:
             self.file.write(json.dumps(settings) + "\n")
-        for key, value in entries.items():
-            first = value[:1] if isinstance(value, list) else [value]
-            if first not in ([], [None]):  # a prompt that memory was too small for is tried again
-                super().__setitem__(key, value)
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.file.write(json.dumps([key, value]) + "\n")
