@@ -63,6 +63,8 @@ def read_flags() -> argparse.Namespace:
         require_file("The run", args.image / "config.json")
     elif args.image is not None and args.task != "ask":
         raise UserError(f"eval.py {args.task} takes no {args.image}: leave it out, or name it with a flag.")
+    elif args.task == "scenes" and args.data not in ("scenes", None):
+        raise UserError(f"eval.py scenes takes no --data {args.data}: leave it out, or give eval.py cues.")
     elif args.task not in ("scenes", "ask") and args.data is None:
         raise UserError(f"eval.py {args.task} needs --data: what to measure on.")
     require_file("The picture", args.image)

@@ -212,13 +212,14 @@ def evaluate(
 
     # One access per cue: it opens a photo again.
     replies = generate("cue search", held.cue_prompts)
-    scored = [(box_score(*reply, c.box, c), [c.size]) for reply, c in zip(replies, held.cues, strict=True)]
-    rows, sizes = zip(*scored, strict=True)
+    pairs = zip(replies, held.cues, strict=True)
+    rows, sizes, photos = zip(*((box_score(*reply, c.box, c), [c.size], c.name) for reply, c in pairs))
     by_size = {size: cue_summary(part) for size, part in split(rows, sizes).items()}
     boxes = [predicted_box(*reply) for reply in replies]
     scores = Scores({"cue": cue_summary(rows), "cue_by_size": by_size}, {}, boxes)
     for key, task in CUE_SAMPLES.items():
-        scores.add(task, [row and row[key] for row in rows], sizes)
+        # Cues of one photo are not independent. The scenes, which have no names, have one cue each.
+        scores.add(task, [row and row[key] for row in rows], sizes, photos)
     if held.find_prompts:
         replies = zip(generate("find", held.find_prompts), held.cues, strict=True)
         rows = [box_score(*reply, target_object(cue).box, cue) for reply, cue in replies]

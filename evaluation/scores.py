@@ -60,12 +60,14 @@ def with_parts(summarize: Callable, values: Sequence, names: Iterable[Iterable[s
 def paired(before: list[float | None], after: list[float | None], groups: list | None = None) -> dict:
     """The mean change of the samples that have both values, its standard error, and their number.
 
-    groups: a key per sample; samples of one group (a question asked in four orders) are not independent.
+    groups: a key per sample; samples of one group (a question asked in four orders, the cues of a photo) are
+    not independent. One group alone cannot tell how groups differ: its samples then count as they are.
 
     >>> paired([0, 0, 1, None], [1, 0, 1, 1], ["a", "b", "c", "d"])
     {'change': 0.3333333333333333, 'standard_error': 0.3333333333333333, 'n': 3}
     """
-    samples = zip(before, after, groups or range(len(before)), strict=True)
+    groups = groups if len(set(groups or ())) > 1 else range(len(before))
+    samples = zip(before, after, groups, strict=True)
     changes = [(b - a, group) for a, b, group in samples if a is not None and b is not None]
     mean_change, deviations = mean(change for change, _ in changes), defaultdict(float)
     # Deviations add up within a group, so equal samples of one group count as a single sample.
@@ -85,10 +87,11 @@ class Scores:
     boxes: list[Box | None]  # the predicted box of each cue, in pixels of the full image
     groups: dict[str, list] = field(default_factory=dict)  # for `paired`, where samples are not independent
 
-    def add(self, task: str, values: Sequence, names: Iterable[Iterable[str]] = ()) -> None:
-        """Adds a list of samples, and its part of each name as `task_name`."""
-        parts = split(values, names)
-        self.samples |= {task: list(values)} | {f"{task}_{name}": part for name, part in parts.items()}
+    def add(self, task: str, values: Sequence, names: Iterable = (), groups: Sequence = ()) -> None:
+        """Adds a list of samples, with their groups, and its part of each name as `task_name`."""
+        for lists, column in ((self.samples, values), (self.groups, groups)):
+            parts = split(column, names) if column else {}
+            lists |= {task: list(column)} | {f"{task}_{name}": part for name, part in parts.items()}
 
 
 def compare(before: Scores, after: Scores) -> dict[str, dict[str, float]]:

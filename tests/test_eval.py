@@ -11,9 +11,11 @@ from PIL import Image
 from random_models import noise, png_cell, random_policy, with_adapter
 
 import eval as evaluation
-from data import CueConfig, scene_cues
+from data import CueConfig, open_cues, scene_cues
 from evaluation import reply_cache, session
+from evaluation.heldout import build_heldout_set, evaluate
 from evaluation.reply_cache import ReplyCache
+from evaluation.scores import compare, paired
 from files.errors import UserError
 from models import add_lora, load_policy
 from tiny import scenes
@@ -231,6 +233,26 @@ def test_cue_search_on_photos_by_size(tmp_path):
     assert sum(part["n"] for part in results["before"]["cue_by_size"].values()) == 5
 
 
+def test_cues_of_one_photo_count_as_one_sample_in_the_standard_error(tmp_path):
+    for i in range(60):
+        noise((320, 240), i).save(tmp_path / f"{i}.png")
+    policy = load_policy("tiny", load_in_4bit=False)
+    for data in (str(tmp_path), "scenes"):
+        held = build_heldout_set(policy, open_cues(data, "heldout", 0, CueConfig()), 12)
+        before, after = (evaluate(policy, held, length) for length in (40, 12))  # the second ends too early
+        pair, names = (before.samples["cue_parsed"], after.samples["cue_parsed"]), [c.name for c in held.cues]
+        change = compare(before, after)["cue_parsed"]
+        if data == "scenes":
+            assert change == paired(*pair), "every scene has one cue"
+            continue
+        assert 1 < len(set(names)) < 12, "photos with several cues, or it would prove nothing"
+        assert change == paired(*pair, names) != paired(*pair)
+        tiny = [cue.name for cue in held.cues if cue.size == "tiny"]
+        assert before.groups["cue_tiny"] == tiny
+    one_photo = paired([0, 0, 0], [1, 0, 1], ["a"] * 3)
+    assert one_photo == paired([0, 0, 0], [1, 0, 1]), "it cannot tell how photos differ"
+
+
 def test_an_edited_list_of_ids_to_exclude_is_another_setting(tmp_path, capsys):
     """Other ids can leave other cues: replies to the old ones must not be scored against new boxes."""
     photos, ids, out = tmp_path / "photos", tmp_path / "ids.txt", tmp_path / "out"
@@ -283,6 +305,7 @@ def test_ask_draws_the_attention_of_each_model_after_its_own_reply(tmp_path, mon
         (["pope", "--data", "nowhere.tsv"], "nowhere.tsv"),
         (["scenes", "--n", "0"], "--n: 0"),
         (["scenes", "photos/"], "takes no photos"),
+        (["scenes", "--data", "."], "takes no --data ."),
         (["cues", "--data", ".", "--crop-pixels", "9", "--crop-min-pixels", "10"], "--crop-min-pixels 10"),
         (["scenes", "--adapter", "nowhere"], "nowhere"),
         (["cues", "--data", "nowhere"], "nowhere"),
