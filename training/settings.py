@@ -33,7 +33,7 @@ class Config:
     images: Path | None = setting(None, "folder of the COCO images")
     exclude: Path | None = setting(None, "file of image ids to leave out, one a line (RefCOCO's); ours")
     expressions: Path | None = setting(None, "JSON of annotation id: expression, for text cues; ours")
-    source: str = setting("object", "what a cue shows; paper: object (Tables 5 to 7)", SOURCES)
+    source: str = setting("object", "what a cue shows (in a folder: random); paper: object", SOURCES)
     tiny_ratio: float = setting(0.7, "share of tiny cues, the rest is small; paper", high=1)
     out: Path | None = setting(None, "run folder; default: a new one under runs/")
     preset: str = setting("", "paper: Table 8; qlora: one 24 GB card, a weekend", ("", "paper", "qlora"))
@@ -109,7 +109,7 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
     if cfg.prompts % cfg.updates:
         raise UserError(f"--updates {cfg.updates} does not divide --prompts {cfg.prompts}: give a divisor.")
     if cfg.crop_min_pixels > cfg.crop_pixels:
-        raise UserError(f"--crop-min-pixels {cfg.crop_min_pixels} is above {cfg.crop_pixels}: lower it.")
+        raise UserError(f"Lower --crop-min-pixels {cfg.crop_min_pixels}: --crop-pixels is {cfg.crop_pixels}.")
     return cfg, origin
 
 

@@ -71,7 +71,7 @@ def test_the_least_area_of_a_crop_is_the_familys_unless_a_flag_says_otherwise():
     assert origin["crop_min_pixels"] == "model family"
     assert resolve({"crop_pixels": 5000}, family)[0].crop_min_pixels == 5000, "lowered with the other"
     assert resolve({"crop_min_pixels": 504**2}, family)[0].crop_min_pixels == 504**2
-    with pytest.raises(UserError, match="--crop-min-pixels 262144 is above 254016: lower it"):
+    with pytest.raises(UserError, match="Lower --crop-min-pixels 262144: --crop-pixels is 254016"):
         resolve({"crop_min_pixels": 512**2}, family)
 
 
