@@ -18,7 +18,7 @@ from tiny.scenes import KINDS, SIDES
 # Column of the table of rows: list of samples, or the KL.
 COLUMNS = {f"{kind}, {size}": f"questions_{kind}_{size}" for kind in KINDS for size in SIDES}
 COLUMNS |= {f"{task}, {size}": f"{task}_{size}" for task in ("find", "cue") for size in ("tiny", "small")}
-COLUMNS |= {"reward, first steps": "reward_first", "last steps": "reward_last", "KL": "kl_all"}
+COLUMNS |= {"IoU, first steps": "reward_first", "last steps": "reward_last", "KL": "kl_all"}
 
 # ---------------------------------------------------------------- text
 
