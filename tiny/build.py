@@ -16,7 +16,8 @@ What differs from a typical pretraining script:
 - Eight turns (a question and its answer) about one scene are packed in one row, laid out as a GRPO group is.
 - Where a thought has named what a question asks about, throw-away heads read its box off that token, as off
   an image token.
-- Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes.
+- Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes. On
+  another kind of CPU they are others: it rounds otherwise.
 """
 
 import math
