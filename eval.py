@@ -257,11 +257,8 @@ def main() -> None:
     with exit_on_error():
         if (args := read_flags()).task == "report":
             return write_report(args.image)
-        session = open_session(args)
-        # Images as large as in training: the policy's prompts are those of cues and scenes.
         given = {name: value for name in settings.PIXELS if (value := getattr(args, name))}
-        processor = session.policy.processor
-        processor.family = settings.fit_family(processor.family, settings.resolve(given, processor.family)[0])
+        session = open_session(args, partial(settings.fit_family, flags=given))
         write_json(session.folder / "results.json", tasks.get(args.task, benchmark_task)(session))
         print(f"results are in {session.folder}")
 

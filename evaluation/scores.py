@@ -66,9 +66,9 @@ def paired(before: list[float | None], after: list[float | None], groups: list |
     >>> paired([0, 0, 1, None], [1, 0, 1, 1], ["a", "b", "c", "d"])
     {'change': 0.3333333333333333, 'standard_error': 0.3333333333333333, 'n': 3}
     """
-    groups = groups if len(set(groups or ())) > 1 else range(len(before))
-    samples = zip(before, after, groups, strict=True)
-    changes = [(b - a, group) for a, b, group in samples if a is not None and b is not None]
+    both = [i for i, pair in enumerate(zip(before, after, strict=True)) if None not in pair]
+    groups = groups if groups and len({groups[i] for i in both}) > 1 else range(len(before))
+    changes = [(after[i] - before[i], groups[i]) for i in both]
     mean_change, deviations = mean(change for change, _ in changes), defaultdict(float)
     # Deviations add up within a group, so equal samples of one group count as a single sample.
     for change, group in changes:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from files.disk import file_stats, fingerprint
 from files.errors import model_folder
 from models import device_and_dtype, load_adapter, load_policy
 from policy import Policy
-from prompts import PROMPTS, Processor
+from prompts import PROMPTS, Family, Processor
 
 OUTPUTS = ("out", "export_vlmevalkit")  # flags that change no reply
 TITLES = {"before": "base model", "after": "with adapter"}  # of the models, by what `each_model` yields
@@ -48,12 +48,15 @@ class Session:
         return cached_generate(self.policy, self.cache, name, prompts, limits, keys)
 
 
-def open_session(args: argparse.Namespace) -> Session:
-    """A run with its model and reply cache, in a folder beside the adapter; other settings get another."""
+def open_session(args: argparse.Namespace, fit: Callable[[Family], Family]) -> Session:
+    """A run with its model and reply cache, in a folder beside the adapter; other settings get another.
+
+    fit: gives the model's family the areas of training, for prompts of cues and scenes.
+    """
     check_device(args.model, *device_and_dtype(args.cpu), args.cpu)
     policy = load_policy(args.model, args.load_in_4bit, args.box_frame, cpu=args.cpu)
     policy = load_adapter(policy, args.adapter) if args.adapter else policy
-    policy.processor.family = replace(policy.processor.family, cue_text=args.cue_prompt or "")
+    policy.processor.family = replace(fit(policy.processor.family), cue_text=args.cue_prompt or "")
     size = policy.processor.image_processor.size
     family = replace(policy.processor.family, image_pixels=(size["shortest_edge"], size["longest_edge"]))
     settings = {key: str(flag) for key, flag in vars(args).items() if flag is not None and key not in OUTPUTS}

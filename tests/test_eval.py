@@ -249,7 +249,7 @@ def test_cues_of_one_photo_count_as_one_sample_in_the_standard_error(tmp_path):
         assert change == paired(*pair, names) != paired(*pair)
         tiny = [cue.name for cue in held.cues if cue.size == "tiny"]
         assert before.groups["cue_tiny"] == tiny
-    one_photo = paired([0, 0, 0], [1, 0, 1], ["a"] * 3)
+    one_photo = paired([0, 0, 0, None], [1, 0, 1, 1], ["a", "a", "a", "without a reply"])
     assert one_photo == paired([0, 0, 0], [1, 0, 1]), "it cannot tell how photos differ"
 
 

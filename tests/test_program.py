@@ -334,6 +334,7 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(heldout, "encode_cue", recorded)
     areas = ["--image-pixels", "32768", "--crop-pixels", "2048", "--crop-min-pixels", "1024"]
+    areas += ["--max-new-tokens", "30"]
     command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "r"), *SMALL, *areas]
     monkeypatch.setattr(sys, "argv", command)
     locus_mini.main()

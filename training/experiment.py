@@ -48,7 +48,7 @@ def prepare(flags: dict, dtype: Any = None) -> tuple[Policy, Config, dict]:
     check_device(model, *device_and_dtype(cpu), cpu)
     policy = load_policy(model, flags.get("load_in_4bit"), flags.get("box_frame"), dtype, cpu)
     cfg, origin = resolve(flags, policy.processor.family)
-    family = settings.fit_family(policy.processor.family, cfg)
+    family = settings.fit_family(policy.processor.family, flags)
     policy.processor.family = replace(family, cue_text=settings.read_cue_prompt(cfg.cue_prompt))
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
@@ -170,7 +170,7 @@ def eval_commands(folder: Path) -> list[str]:
     """Commands to run next, on the adapter of a complete run and with the flags that the run was given."""
     config = read_json(folder / "config.json")
     names = ("model", "load_in_4bit", "cpu", "box_frame", "data", "annotations", "images", "exclude")
-    names += ("cue_prompt", *settings.PIXELS)
+    names += ("cue_prompt", "max_new_tokens", *settings.PIXELS)
     given = {name: config[name] for name in names if config["origin"][name] == "flag"}
     flags = as_arguments({"adapter": folder / "adapter"} | given)
     tasks = [["scenes" if config["data"] == "scenes" else "cues"]]

@@ -84,12 +84,6 @@ PRESETS = {
 }
 
 
-def fit_family(family: Any, cfg: Config) -> Any:
-    """The model's family with the areas of images and crops that the settings give."""
-    image_range = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
-    return replace(family, image_pixels=image_range, crop_pixels=(cfg.crop_min_pixels, cfg.crop_pixels))
-
-
 def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]:
     """The settings and their origins: a flag, else the preset, else the family's row, else the default.
 
@@ -111,6 +105,13 @@ def resolve(flags: dict[str, Any], family: Any) -> tuple[Config, dict[str, str]]
     if cfg.crop_min_pixels > cfg.crop_pixels:
         raise UserError(f"Lower --crop-min-pixels {cfg.crop_min_pixels}: --crop-pixels is {cfg.crop_pixels}.")
     return cfg, origin
+
+
+def fit_family(family: Any, flags: dict[str, Any]) -> Any:
+    """The model's family with the areas of images and crops that the flags give; UserError as `resolve`."""
+    cfg, _ = resolve(flags, family)
+    image_range = min(family.image_pixels[0], cfg.image_pixels), cfg.image_pixels
+    return replace(family, image_pixels=image_range, crop_pixels=(cfg.crop_min_pixels, cfg.crop_pixels))
 
 
 # ---------------------------------------------------------------- settings as flags
