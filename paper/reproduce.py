@@ -5,8 +5,8 @@
     python -m paper.reproduce --attempt "why" [--base-a FOLDER] [--variant NAME] [flags of locus_mini.py]
                                                  one training run, measured on development seeds and scenes
 
-Base A is tiny/model, base B is what `python -m tiny.build --out FOLDER --seed 1` makes; protocol.json names
-both by the SHA-256 of their weights (another kind of CPU makes others: docs/embedded_model.md). A row is one
+Base A is tiny/model, base B is of `python -m tiny.build --out FOLDER --seed 1`; protocol.json names both by
+the SHA-256 of their weights (another kind of CPU can make others: docs/embedded_model.md). A row is one
 training run with one seed on one base, on one thread. Its answers are kept in samples/, and a row that has
 them is not run again. After a stop, the same command continues.
 """
@@ -44,7 +44,7 @@ from training.run_folder import lock_run_folder, versions
 from training.settings import PIXELS, read_flags
 
 RUNS = verdicts.HERE.parent / "runs"
-# No flags of an attempt: its model, and what would change how every row is measured.
+# No flags of an attempt: its model, and what would change how every row is measured, or nothing.
 FIXED = {"model", "data", "annotations", "images", "exclude", "expressions", "out", "resume", "dry_run"}
 FIXED |= {*PIXELS, "cue_prompt", "box_frame", "load_in_4bit", "temperature", "max_new_tokens", "eval_every"}
 

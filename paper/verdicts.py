@@ -172,7 +172,7 @@ def twin_figures(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """The content of RESULTS.json, from protocol.json and samples/ in a folder and the attempts before it.
+    """The content of RESULTS.json, from protocol.json and samples/ in a folder and from the attempts.
 
     Numbers have four decimal places.
     """
