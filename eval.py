@@ -39,7 +39,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="tiny, a model folder or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run: scores before and after")
     parser.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction, help="default on CUDA")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, help="also a large model: slow")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, help="on the CPU, also a large model")
     parser.add_argument("--box-frame", choices=settings.FRAMES, help="of the model's boxes")
     parser.add_argument("--data", help="of cues: coco or a folder; of a benchmark: its file or folder")
     for name in ("annotations", "images", "exclude"):
