@@ -96,8 +96,7 @@ def run_experiment(flags: dict[str, Any], task: str, train: Callable, encode: Ca
     """
     started = time.monotonic()
     policy, cues, heldout_cues, cfg, folder, state = open_experiment(flags, task)
-    program = "locus_mini.py" if task == "locus" else f"-m paper.variants {task}"
-    command = f"python {program} --resume {shlex.quote(str(folder))}"
+    command = f"{run_folder.command_of(task)} --resume {shlex.quote(str(folder))}"
     remedy, stopped = f"make room or allow it, then run: {command}", f"Stopped. Resume with: {command}"
     with exit_on_error(remedy, stopped), run_folder.lock_run_folder(folder):
         if (folder / "results.json").exists():
@@ -125,10 +124,9 @@ def run_experiment(flags: dict[str, Any], task: str, train: Callable, encode: Ca
         write_model_card(folder, policy, table(before, after))
         training = sum(metrics["seconds"] for metrics in read_lines(folder / "metrics.jsonl"))
         seconds = {"training": round(training, 1), "all": round(time.monotonic() - started, 1)}
-        results = summarize(before, after)
-        results |= {"baselines": baselines, "self_check": gaps, "seed": cfg.seed, "settings": asdict(cfg)}
-        parts = cues.left_out + heldout_cues.left_out
-        results |= {"seconds": seconds, "left_out": {part.what: dict(part.reasons) for part in parts}}
+        results = summarize(before, after) | {"baselines": baselines, "self_check": gaps, "seed": cfg.seed}
+        left_out = {part.what: dict(part.reasons) for part in cues.left_out + heldout_cues.left_out}
+        results |= {"settings": asdict(cfg), "seconds": seconds, "left_out": left_out}
         write_json(folder / "results.json", results)
         print(table(before, after))
         print("baselines: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in baselines.items()))

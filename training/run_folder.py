@@ -107,6 +107,11 @@ def resume_flags(folder: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], d
     return read_input("resume", path, "config.json of a run", parse)
 
 
+def command_of(task: str) -> str:
+    """The command that starts a run of a task, and that resumes it."""
+    return "python locus_mini.py" if task == "locus" else f"python -m paper.variants {task}"
+
+
 def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "") -> None:
     """UserError for the first setting in `wanted` that differs from the one found in the file `path`.
 
@@ -114,7 +119,9 @@ def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "")
     """
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
-            raise UserError(f"{path} has {name} {old}, not {value}{note}: give the same, or start a new run.")
+            # A task is no flag: it has a command of its own.
+            remedy = f"run {command_of(old)}" if old and name == "task" else "give the same"
+            raise UserError(f"{path} has {name} {old}, not {value}{note}: {remedy}, or start a new run.")
 
 
 def first_change(text: str, new: dict[str, dict]) -> str:
