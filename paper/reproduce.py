@@ -6,7 +6,7 @@
                                                  one training run, measured on development seeds and scenes
 
 Base A is tiny/model, base B is of `python -m tiny.build --out FOLDER --seed 1`; protocol.json names both by
-the SHA-256 of their weights (a CPU that is not Intel's makes others: docs/embedded_model.md). A row is one
+the SHA-256 of their weights (an AMD CPU makes others: docs/embedded_model.md). A row is one
 training run with one seed on one base, on one thread. Its answers are kept in samples/, and a row that has
 them is not run again. After a stop, the same command continues.
 """

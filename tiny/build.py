@@ -17,7 +17,7 @@ What differs from a typical pretraining script:
 - Where a thought has named what a question asks about, throw-away heads read its box off that token, as off
   an image token.
 - Every draw depends on (seed, stage, step) alone, so a build that was killed continues to the same bytes. On
-  a CPU that is not Intel's they are others, unless MKL is told otherwise (docs/embedded_model.md).
+  an AMD CPU they are others, unless MKL is told otherwise (docs/embedded_model.md).
 """
 
 import math

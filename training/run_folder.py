@@ -120,7 +120,7 @@ def require_same_settings(path: Path, found: dict, wanted: dict, note: str = "")
     for name, value in wanted.items():
         if str(old := found.get(name)) != str(value):
             # A task is no flag: it has a command of its own.
-            remedy = f"run {command_of(old)}" if old and name == "task" else "give the same"
+            remedy = f"run {command_of(old)} --resume {path.parent}" if name == "task" else "give the same"
             raise UserError(f"{path} has {name} {old}, not {value}{note}: {remedy}, or start a new run.")
 
 
