@@ -15,7 +15,8 @@ from files.pictures import LEAST_SIDE, NARROWEST, LeftOut, Photos, UnusableImage
 from reward import Box
 
 NOT_A_CROWD = ("0", "0.0", "false", "none", "")
-UNREADABLE = (KeyError, TypeError, AttributeError, RecursionError, EOFError, zlib.error)  # on a bad file
+# What the content of a damaged file may raise.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, zlib.error)
 DATUMARO = ", or convert YOLO or VOC labels with Datumaro: datum convert -if yolo -i DIR -f coco_instances"
 
 
@@ -40,7 +41,7 @@ def read_input(flag: str, path: Path | None, description: str, parse: Callable[[
         content = path.read_bytes() if path else b""
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
         return parse(content.decode(json.detect_encoding(content)))
-    except (*UNREADABLE, OSError, ValueError) as error:
+    except (*UNREADABLE, OSError) as error:
         # Cut, so that the message never repeats the content of the file.
         reason = str(error if isinstance(error, ValueError) else repr(error))[:99]
         remedy = "give one in UTF-8" + DATUMARO * (flag == "annotations")

@@ -22,6 +22,7 @@ from evaluation import heldout
 from evaluation.reply_cache import ReplyCache
 from evaluation.scores import summarize, table
 from files.checkpoints import check_device
+from files.coco import UNREADABLE
 from files.disk import read_json, read_lines, sync, write_json
 from files.errors import UserError, exit_on_error
 from models import add_lora, device_and_dtype, enable_gradient_checkpointing, load_policy
@@ -253,7 +254,7 @@ def write_report(folder: Path) -> None:
     """Writes report.html into a run folder; UserError for a damaged file in it."""
     try:
         (folder / "report.html").write_text(page(folder), encoding="utf-8")
-    except run_folder.UNREADABLE as error:
+    except UNREADABLE as error:
         reason = f"{folder} holds a file that no run writes ({error!r:.99})"
         raise UserError(f"{reason}: give the folder of another run.") from None
     print(f"The report is {folder / 'report.html'}")

@@ -40,14 +40,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from files.coco import read_input
+from files.coco import UNREADABLE, read_input
 from files.disk import continue_lines, file_stats, fingerprint, read_json, read_lines, sync, write_json
 from files.errors import UserError
 from training.checks import step_warnings
 from training.settings import MEMORY, Config, stored_flags
-
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what JSON that is damaged may raise
-
 
 # ---------------------------------------------------------------- the folder and its settings
 

@@ -145,7 +145,7 @@ def test_groups_without_their_photos_keep_their_completions(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "completions.jsonl"])
-@pytest.mark.parametrize("content", ["[]\n", '{"step": 1}\n', "no JSON\n", "\xff\n"])
+@pytest.mark.parametrize("content", ["[]\n", '{"step": 1}\n', "no JSON\n", "\xff\n", "[" * 10**5 + "\n"])
 def test_a_damaged_file_is_one_sentence(name, content, folder):
     if name == "metrics.jsonl" and content.startswith(("{", "[")):
         content = '{"step": 1, "reward": "high"}\n'
