@@ -204,8 +204,16 @@ def test_flags_that_lower_or_raise_the_memory_change_the_prediction():
 @pytest.mark.parametrize("phase", memory.LOWER)
 def test_running_out_of_memory_ends_with_one_sentence(phase):
     """The allocator itself fails; the test raises nothing."""
-    with pytest.raises(UserError, match=f"'{phase}'.*: {memory.LOWER[phase][:8]}"), memory.phase(phase):
+    message = f"'{phase}', which asked for another {2**60} bytes: {memory.LOWER[phase][:8]}"
+    with pytest.raises(UserError, match=message), memory.phase(phase):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_the_amount_that_a_gpu_lacks_is_named():
+    """The text is that of torch 2.13 on a card."""
+    text = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8.00 GiB."
+    with pytest.raises(UserError, match="which asked for another 20.00 MiB: "), memory.phase("rollout"):
+        raise torch.OutOfMemoryError(text)
 
 
 def test_other_errors_in_a_phase_are_raised_unchanged():

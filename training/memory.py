@@ -18,8 +18,9 @@ LOWER = {  # phase: what to change if it does not fit
     "--max-new-tokens or --num-generations",
     "optimizer": "lower --lora-rank",
 }
-# The messages of PyTorch, CUDA and cuBLAS, and of transformers while it converts weights to 4 bit.
-OUT_OF_MEMORY = r"tried to allocate (\d[\d.]* \w+)|allocate memory|out of memory|alloc_failed"
+# The messages of PyTorch, CUDA and cuBLAS, and of transformers while it converts weights to 4 bit. The amount
+# comes after "out of memory", so `.*` lets its alternative match from the start of the line.
+OUT_OF_MEMORY = r".*tried to allocate (\d[\d.]* \w+)|allocate memory|out of memory|alloc_failed"
 OUT_OF_MEMORY += "|automatic conversion of the weights"
 # On a GPU: the most bytes that were allocated in each phase, and as "reserved" the most that PyTorch has
 # taken from the card for all of them, with the gaps between its blocks and memory that it keeps for reuse.
